@@ -1,0 +1,166 @@
+"""Gates over a text: how far each token let the memory in, and which n-gram it looked up (paper, figure 7).
+
+The gate says how much of the retrieved row is added to the hidden state, so a picture of it shows where the
+model found its memory useful. Capturing gates is the model's business; this file turns them into something
+to look at.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `stop` (exclusive) that spell `text`: one, unless characters are split."""
+
+    text: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Ngram:
+    """An n-gram that was looked up; `seen` is how often training showed it, None if not counted."""
+
+    order: int
+    text: str
+    seen: int | None = None
+
+
+@dataclass(frozen=True)
+class GateToken:
+    """A displayed token, `joined` of several where need be: the last one's gates [L][M] and n-grams."""
+
+    text: str
+    joined: int
+    gates: tuple[tuple[float, ...], ...]
+    ngrams: tuple[Ngram, ...]
+
+
+@dataclass(frozen=True)
+class GateView:
+    """A text, said to be from `source`, with its gates; `layers` are the 0-based blocks with a memory."""
+
+    source: str
+    layers: tuple[int, ...]
+    tokens: tuple[GateToken, ...]
+
+
+def gate_view(
+    pieces: Sequence[bytes],
+    gates: Tensor,
+    *,
+    layers: Sequence[int],
+    orders: Sequence[int],
+    source: str,
+    seen: Sequence[Sequence[int]] | None = None,
+) -> GateView:
+    """The view of a text of T tokens.
+
+    `pieces` are the tokens' bytes (see `piece_bytes`), `gates` [T, L, M] is in 0..1, `seen` [T,
+    len(orders)] counts each token's n-grams in training (see `count_ngrams`). N-grams that begin before the
+    text are left out. Tokens that are only fragments of characters are joined until they decode; the joined
+    token then shows the gates and n-grams of its last fragment, where the character is complete. Raises
+    ValueError when lengths or layers do not agree.
+    """
+    if gates.ndim != 3 or gates.shape[:2] != (len(pieces), len(layers)):
+        raise ValueError(
+            f"gates have shape {tuple(gates.shape)}, but {len(pieces)} tokens and {len(layers)} layers need "
+            f"({len(pieces)}, {len(layers)}, streams): the colours would belong to other tokens."
+        )
+    if seen is not None and (len(seen) != len(pieces) or any(len(row) != len(orders) for row in seen)):
+        raise ValueError(f"seen must be a count for each of {len(pieces)} tokens and {len(orders)} orders.")
+    spans = displayable(pieces)
+    home = [number for number, span in enumerate(spans) for _ in range(span.start, span.stop)]
+    values = gates.tolist()
+    tokens = []
+    for number, span in enumerate(spans):
+        last = span.stop - 1
+        ngrams = []
+        for column, order in enumerate(orders):
+            first = last - order + 1
+            if first >= 0:  # whole characters: from the span that holds the n-gram's first token
+                text = "".join(s.text for s in spans[home[first] : number + 1])
+                ngrams.append(Ngram(order, text, None if seen is None else int(seen[last][column])))
+        gate = tuple(tuple(layer) for layer in values[last])
+        tokens.append(GateToken(span.text, span.stop - span.start, gate, tuple(ngrams)))
+    return GateView(source, tuple(layers), tuple(tokens))
+
+
+def displayable(pieces: Sequence[bytes]) -> list[Span]:
+    """Token bytes as text, adjacent tokens joined until they decode as UTF-8.
+
+    The spans follow one another without gaps. Bytes that are no UTF-8 become U+FFFD, exactly as when
+    decoding the whole text at once.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    spans: list[Span] = []
+    text, start = "", 0
+    for stop, piece in enumerate(pieces, start=1):
+        text += decoder.decode(piece, final=stop == len(pieces))
+        pending, _ = decoder.getstate()
+        if not pending:
+            spans.append(Span(text, start, stop))
+            text, start = "", stop
+    return spans
+
+
+def piece_bytes(piece: str) -> bytes:
+    """The bytes behind a byte-level BPE token as its vocabulary spells it: `"Ġthe"` is `b" the"`.
+
+    Tokens outside that alphabet (added ones, such as `<｜end▁of▁sentence｜>`) are themselves.
+    """
+    alphabet = _byte_level_alphabet()
+    if all(character in alphabet for character in piece):
+        return bytes(alphabet[character] for character in piece)
+    return piece.encode()
+
+
+@functools.cache
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's letter for each byte, inverted: printable Latin-1 is itself, the rest start at U+0100."""
+    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(itself)]
+    return {chr(b): b for b in itself} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def count_ngrams(training: np.ndarray, text: np.ndarray, orders: Sequence[int]) -> list[list[int]]:
+    """How often `training` [N] holds the n-gram that ends at each token of `text` [T], as [T][len(orders)].
+
+    Give canonical ids, as the memory sees them. N-grams that begin before the text count 0. The
+    counts are exact, in time O(N log T).
+    """
+    training, text = (np.asarray(ids, dtype=np.int64) for ids in (training, text))
+    counts = {}
+    base = int(max(training.max(initial=0), text.max(initial=0))) + 1
+    # Each window of n tokens is numbered by (number of its first n - 1, last token), so keys never overflow;
+    # -1 numbers the training windows that do not occur in the text.
+    near, far = np.zeros(len(text), np.int64), np.zeros(len(training), np.int64)
+    for order in range(1, max(orders, default=0) + 1):
+        skip = order - 1
+        key = near * base + text[skip:]
+        known, near = np.unique(key, return_inverse=True)
+        far = _positions(known, np.where(far >= 0, far * base + training[skip:], -1))
+        total = np.bincount(far[far >= 0], minlength=len(known))
+        counts[order] = np.zeros(len(text), dtype=np.int64)
+        counts[order][skip:] = total[near]
+        near, far = near[:-1], far[:-1]
+    return np.stack([counts[order] for order in orders], axis=1).tolist()
+
+
+def _positions(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Index of each key in the sorted array `known`, -1 where it is absent."""
+    if not len(known):
+        return np.full(len(keys), -1)
+    found = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return np.where(known[found] == keys, found, -1)

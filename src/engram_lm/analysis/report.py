@@ -1,0 +1,316 @@
+"""The report of a run: one self-contained HTML page, with the values behind it as JSON beside it.
+
+The page needs no network (its policy forbids any), opens from disk, and reads in light and dark, on paper
+and on a phone. Every text that comes from a run is escaped: a sample or a snippet may hold anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from .. import config
+from . import plots, verdict
+from .gates import GateToken, GateView
+from .record import (
+    Arm,
+    AttributeRecall,
+    Command,
+    Curve,
+    FactExample,
+    FactsAct,
+    FactsArm,
+    LanguageAct,
+    Report,
+    RunInfo,
+    Sample,
+)
+from .verdict import percent, plus_minus, quantity, signed
+
+__all__ = [
+    "Arm",
+    "AttributeRecall",
+    "Command",
+    "Curve",
+    "FactExample",
+    "FactsAct",
+    "FactsArm",
+    "LanguageAct",
+    "Report",
+    "RunInfo",
+    "Sample",
+    "render",
+    "write_report",
+]
+
+# Characters without a picture of their own get the Unicode one, so that nothing in a text is invisible.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+ARM_CLASSES = ("base", "control", "engram")  # in page/style.css
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page to `path` and its values beside it with the suffix `.json`.
+
+    `config.load(Report, path.with_suffix(".json"))` reads the values back.
+    """
+    path.with_suffix(".json").write_bytes(config.to_json(report).encode("utf-8", "backslashreplace"))
+    path.write_bytes(render(report).encode("utf-8", "replace"))
+
+
+def render(report: Report) -> str:
+    """The page as text; equal reports give equal pages."""
+    act, script = report.language, _asset("script.js")
+    digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
+    return _fill(
+        "report.html",
+        title=text(report.title),
+        script_hash=f"sha256-{digest}",
+        style=_asset("style.css"),
+        script=script,
+        headline=_headline(report),
+        data=text(act.data),
+        arms=_arms(act.arms),
+        language="".join(f"<p>{text(paragraph)}</p>" for paragraph in verdict.language(act)),
+        loss_figure=_figure(lambda: plots.loss_curves(act)),
+        language_table=_language_table(act),
+        gates=_gates(act.gates) if act.gates else "",
+        sample=_sample(act.sample) if act.sample else "",
+        facts=_facts(report.facts) if report.facts else "",
+        run=_run(report.run),
+        next_steps=_next_steps(report.next_steps) if report.next_steps else "",
+    )
+
+
+def text(value: str) -> str:
+    """Untrusted text as HTML: escaped, control characters shown by their pictures."""
+    return html.escape(value.translate(CONTROLS))
+
+
+def _asset(name: str) -> str:
+    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8").strip()
+
+
+def _fill(name: str, **values: str) -> str:
+    """A part of the page with its `$names` filled in by HTML."""
+    return Template(_asset(name)).substitute(values)
+
+
+def _figure(draw: Callable[[], str]) -> str:
+    """The figure, or a note in its place that says how to get it."""
+    try:
+        return draw()
+    except plots.MissingExtraError as error:
+        return f'<p class="missing">{text(str(error))}</p>'
+
+
+def _headline(report: Report) -> str:
+    """The few figures to take home."""
+    act, facts = report.language, report.facts
+    items = [
+        (signed(arm.delta or 0.0, None), f"nats a token, held-out loss of {arm.name} against {act.base.name}")
+        for arm in (act.engram, act.capacity_1)
+    ]
+    if facts:
+        change = f"{percent(facts.base.final)} → {percent(facts.engram.final)}"
+        items.append((change, f"of the facts recalled, {facts.base.name} → {facts.engram.name}"))
+    return "".join(f"<div><dt>{text(label)}</dt><dd>{text(figure)}</dd></div>" for figure, label in items)
+
+
+def _arms(arms: Sequence[Arm]) -> str:
+    return "".join(
+        f'<dt class="{kind}">{text(arm.name)}</dt><dd>{text(arm.description)}</dd>'
+        for kind, arm in zip(ARM_CLASSES, arms, strict=True)
+    )
+
+
+Row = tuple[str, Sequence[str]]  # a label and a cell for each column
+
+
+def _table(names: Sequence[str], classes: Sequence[str], groups: Sequence[Sequence[Row]]) -> str:
+    """A table with a column for each arm; groups of rows are set off by rules."""
+    head = "".join(
+        f'<th scope="col" class="{kind}">{text(name)}</th>' for kind, name in zip(classes, names, strict=True)
+    )
+    bodies = "".join(f"<tbody>{''.join(map(_row, group))}</tbody>" for group in groups)
+    return f"<table><thead><tr><td></td>{head}</tr></thead>{bodies}</table>"
+
+
+def _row(row: Row) -> str:
+    label, cells = row
+    return f'<tr><th scope="row">{text(label)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in cells)}</tr>'
+
+
+def _language_table(act: LanguageAct) -> str:
+    def row(label: str, cell: Callable[[Arm], str]) -> Row:
+        return label, [cell(arm) for arm in act.arms]
+
+    def difference(arm: Arm) -> str:
+        return "" if arm.delta is None else signed(arm.delta, arm.delta_interval)
+
+    quality = [
+        row("held-out loss, nats a token", lambda arm: plus_minus(arm.val_loss, arm.val_interval)),
+        row(f"difference from {act.base.name}", difference),
+        row("bits a byte", lambda arm: f"{arm.bits_per_byte:.3f}"),
+    ]
+    size = [
+        row("parameters", lambda arm: quantity(arm.parameters)),
+        row("of them active for a token", lambda arm: quantity(arm.active_parameters)),
+        row("of them in the table", lambda arm: quantity(arm.table_parameters)),
+    ]
+    cost = [
+        row("FLOPs a token", lambda arm: quantity(arm.flops_per_token)),
+        row("read from the table a token", lambda arm: quantity(arm.bytes_per_token, "B")),
+        row("training tokens a second", lambda arm: f"{arm.tokens_per_second:,.0f}"),
+        row(f"step time, {act.base.name} = 1", lambda arm: f"{arm.step_ratio:.2f}"),
+    ]
+    return _table([arm.name for arm in act.arms], ARM_CLASSES, [quality, size, cost])
+
+
+def _gates(view: GateView) -> str:
+    """The coloured tokens: one scale over all layers and streams, one of them chosen to be shown."""
+    gates = [gate for token in view.tokens for layer in token.gates for gate in layer]
+    low, high = min(gates, default=0.0), max(gates, default=1.0)
+    return _fill(
+        "gates.html",
+        source=text(view.source),
+        low=f"{low:.2f}",
+        high=f"{high:.2f}",
+        chooser=_chooser(_gate_names(view)),
+        tokens="".join(_token(token, view.layers, low, high) for token in view.tokens),
+    )
+
+
+def _gate_names(view: GateView) -> list[str]:
+    """A name for each gate, layer by layer and stream by stream."""
+    streams = len(view.tokens[0].gates[0]) if view.tokens else 1
+    if streams == 1:
+        return [f"block {layer}" for layer in view.layers]
+    return [f"block {layer}, stream {stream}" for layer in view.layers for stream in range(streams)]
+
+
+def _chooser(names: Sequence[str]) -> str:
+    """Radio buttons, where there is more than one gate to choose from."""
+    if len(names) < 2:
+        return ""
+    labels = "".join(
+        f'<label><input type="radio" name="gate" value="{number}" autocomplete="off"'
+        f"{'' if number else ' checked'}> {name}</label>"
+        for number, name in enumerate(names)
+    )
+    return f'<fieldset class="choice" aria-label="gate">{labels}</fieldset>'
+
+
+def _token(token: GateToken, layers: Sequence[int], low: float, high: float) -> str:
+    """A token on the background of its gate, with what its tooltip says and the levels of all its gates."""
+    spread = (high - low) or 1.0
+    levels = [f"{(gate - low) / spread:.2f}" for layer in token.gates for gate in layer]
+    shown = text(token.text).replace("\n", "<u>↵</u>\n").replace("\t", "<u>→</u>\t")
+    return (
+        f'<span style="--level:{levels[0]}" data-levels="{" ".join(levels)}" '
+        f'data-tip="{text(_tip(token, layers))}">{shown}</span>'
+    )
+
+
+def _tip(token: GateToken, layers: Sequence[int]) -> str:
+    """What the tooltip says: the token, its gate in each layer, the n-grams that it looked up."""
+    lines = [f"“{_one_line(token.text)}”"]
+    if token.joined > 1:
+        lines.append(f"{token.joined} tokens, whole characters only together; the last one's gate")
+    for layer, gates in zip(layers, token.gates, strict=True):
+        lines.append(f"block {layer}: gate {'  '.join(f'{gate:.2f}' for gate in gates)}")
+    for ngram in token.ngrams:
+        seen = "" if ngram.seen is None else f", seen {ngram.seen:,} time{'' if ngram.seen == 1 else 's'}"
+        lines.append(f"{ngram.order}-gram “{_one_line(ngram.text)}”{seen}")
+    return "\n".join(lines)
+
+
+def _one_line(value: str) -> str:
+    """Text with its white space drawn."""
+    return value.replace(" ", "␣").replace("\n", "↵").replace("\t", "→")
+
+
+def _sample(sample: Sample) -> str:
+    return _fill(
+        "sample.html",
+        settings=text(sample.settings),
+        prompt=text(sample.prompt),
+        continuation=text(sample.continuation),
+    )
+
+
+def _facts(act: FactsAct) -> str:
+    attributes = [row.attribute for row in act.base.by_attribute]
+    return _fill(
+        "facts.html",
+        people=f"{act.people:,}",
+        attributes=text(", ".join(f"a {attribute}" for attribute in attributes)),
+        verdict=text(verdict.facts(act)),
+        figure=_figure(lambda: plots.recall_curves(act)),
+        table=_facts_table(act),
+        examples=_examples(act) if act.examples else "",
+    )
+
+
+def _facts_table(act: FactsAct) -> str:
+    arms = (act.base, act.engram)
+
+    def final(arm: FactsArm) -> str:
+        low, high = verdict.wilson(arm.final, act.questions)
+        return f"{percent(arm.final)} ({percent(low)} to {percent(high)})"
+
+    def reached(arm: FactsArm) -> str:
+        exposures = arm.exposures_to(0.95)
+        return "not reached" if exposures is None else f"{exposures:g}"
+
+    recall: list[Row] = [
+        ("recall at the end (95 % interval)", [final(arm) for arm in arms]),
+        ("exposures until 95 %", [reached(arm) for arm in arms]),
+    ]
+    by_attribute: list[Row] = [
+        (f"recall of the {base.attribute}", [percent(base.recall), percent(engram.recall)])
+        for base, engram in zip(act.base.by_attribute, act.engram.by_attribute, strict=True)
+    ]
+    size: list[Row] = [
+        ("parameters", [quantity(arm.parameters) for arm in arms]),
+        ("of them in the table", [quantity(arm.table_parameters) for arm in arms]),
+    ]
+    return _table([arm.name for arm in arms], ("base", "engram"), [recall, by_attribute, size])
+
+
+def _examples(act: FactsAct) -> str:
+    """Some questions with both models' answers, marked right or wrong by sign and colour."""
+
+    def cell(given: str, right: str) -> str:
+        kind, mark = ("right", "✓") if given.strip() == right.strip() else ("wrong", "✗")
+        return f'<td class="{kind}">{mark} {text(given)}</td>'
+
+    rows = "".join(
+        f"<tr><td>{text(e.question)}</td><td>{text(e.answer)}</td>"
+        f"{cell(e.base_answer, e.answer)}{cell(e.engram_answer, e.answer)}</tr>"
+        for e in act.examples
+    )
+    return _fill("examples.html", base=text(act.base.name), engram=text(act.engram.name), rows=rows)
+
+
+def _run(run: RunInfo) -> str:
+    minutes, seconds = divmod(round(run.wall_seconds), 60)
+    items = [
+        ("command", f"<code>{text(run.command)}</code>"),
+        ("when", text(run.date)),
+        ("took", f"{minutes} min {seconds} s"),
+        ("machine", text(run.machine)),
+        ("versions", text(", ".join(run.versions))),
+        ("seed", str(run.seed)),
+        ("uncertainty", text(run.uncertainty)),
+    ]
+    return "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in items)
+
+
+def _next_steps(commands: Sequence[Command]) -> str:
+    items = "".join(f"<li>{text(c.purpose)}<pre>{text(c.command)}</pre></li>" for c in commands)
+    return f'<section><h2>What to try next</h2><ul class="next">{items}</ul></section>'

@@ -1,0 +1,1 @@
+"""What a model does: losses with their uncertainty, controls, facts."""

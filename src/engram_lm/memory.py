@@ -1,0 +1,232 @@
+"""Engram: fuses the rows that a token's n-grams name into the hidden state (paper 2.3; equations 3 to 6).
+
+    keys_1 .. keys_M, value = W [row_1; ...; row_K]                       one matrix: M keys and one value a token
+    score_m = RMSNorm(hidden_m) . RMSNorm(keys_m) / sqrt(D)               how well the memory suits the stream
+    gated_m = sigmoid(signed_sqrt(score_m)) * value
+    delta_m = gated_m + SiLU(DepthwiseConv(RMSNorm(gated_m)))             dilated and causal; absent in V4.1
+
+It knows no table and no tokenizer: rows in, a change of the residual streams out. The three published layouts are three
+configurations of this one module.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngramConfig:
+    """The choices in which the published layouts differ.
+
+    row_dim: width of one row. gate: `signed_sqrt` squashes the score as sign(s) sqrt(max(|s|, 1e-6)), the demo's and
+    Qwen's; `copysign_sqrt` lets a score of zero keep its sign bit, V4.1's; `plain` is the paper's text. conv_kernel: taps
+    of the short convolution, 0 for none; conv_dilation: their distance (the largest n-gram's order in all layouts).
+    zero_centered: gains are stored as their distance from one.
+    """
+
+    row_dim: int = 64
+    gate: Literal["signed_sqrt", "copysign_sqrt", "plain"] = "signed_sqrt"
+    bias: bool = False
+    conv_kernel: int = 4
+    conv_dilation: int = 3
+    norm_eps: float = 1e-6
+    conv_norm_eps: float = 1e-6
+    zero_centered: bool = False
+
+    def __post_init__(self) -> None:
+        if self.row_dim < 1 or self.conv_kernel < 0 or self.conv_dilation < 1:
+            raise ConfigError(
+                f"engram: row_dim {self.row_dim} and conv_dilation {self.conv_dilation} must be at least 1 "
+                f"and conv_kernel {self.conv_kernel} at least 0."
+            )
+
+    @property
+    def tail(self) -> int:
+        """Positions of the past that the short convolution sees."""
+        return (self.conv_kernel - 1) * self.conv_dilation if self.conv_kernel else 0
+
+    @staticmethod
+    def paper() -> EngramConfig:
+        """The demo of the paper: biased projections, eps of torch's RMSNorm."""
+        return EngramConfig(bias=True, norm_eps=torch.finfo(torch.float32).eps, conv_norm_eps=1e-5)
+
+    @staticmethod
+    def deepseek_v41() -> EngramConfig:
+        """DeepSeek-V4.1-Flash: no convolution, no bias."""
+        return EngramConfig(row_dim=256, gate="copysign_sqrt", conv_kernel=0, norm_eps=1e-20)
+
+    @staticmethod
+    def qwen_ple() -> EngramConfig:
+        """Qwen3.8-Flash-Next's per-layer embedding."""
+        return EngramConfig(row_dim=160, zero_centered=True)
+
+
+class ConvState(NamedTuple):
+    """What the short convolution remembers between chunks: a value, batch first, to be indexed for beams."""
+
+    inputs: Tensor  # [B, tail, M, D] normalised inputs of the last positions
+    segments: Tensor  # [B, tail] int64, the documents they belong to
+
+
+class Engram(nn.Module):
+    """One memory layer of M streams of width D that reads K rows a token."""
+
+    def __init__(self, config: EngramConfig, *, dim: int, streams: int = 1, rows_per_token: int) -> None:
+        super().__init__()
+        self.config, self.dim, self.streams = config, dim, streams
+        self.project = nn.Linear(rows_per_token * config.row_dim, (streams + 1) * dim, bias=config.bias)
+        self.query_gain = nn.Parameter(torch.empty(streams, dim))
+        self.key_gain = nn.Parameter(torch.empty(streams, dim))
+        if config.conv_kernel:
+            self.conv_gain = nn.Parameter(torch.empty(streams, dim))
+            self.conv_weight = nn.Parameter(torch.empty(config.conv_kernel, streams, dim))  # last tap: the present
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Live projections and a silent convolution: with rows of zero the layer changes nothing, yet rows can learn."""
+        self.project.weight.normal_(std=self.project.in_features**-0.5, generator=generator)
+        if self.project.bias is not None:
+            self.project.bias.zero_()
+        gains = [self.query_gain, self.key_gain] + ([self.conv_gain] if self.config.conv_kernel else [])
+        for gain in gains:
+            gain.fill_(0.0 if self.config.zero_centered else 1.0)
+        if self.config.conv_kernel:
+            self.conv_weight.zero_()
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        state: ConvState | None = None,
+        *,
+        segments: Tensor | None = None,
+        keep: Tensor | None = None,
+        with_state: bool = False,
+    ) -> tuple[Tensor, ConvState | None]:
+        """hidden [B, T, M, D], rows [B, T, K, d] -> what to add to hidden [B, T, M, D], and the state after it.
+
+        segments: [B, T] document numbers that the convolution does not cross (None continues the state's last one).
+        keep: [B, T] bool, False silences the memory at a position. The state is returned when asked for or given.
+        """
+        keys, value = self._keys_and_value(rows, hidden.dtype)
+        gated = self._gate(hidden, keys)[..., None] * value[:, :, None]  # [B, T, M, D]
+        if keep is not None:
+            gated = gated.masked_fill(~keep[:, :, None, None], 0.0)
+        if not self.config.conv_kernel:
+            return gated.to(hidden.dtype), None
+        mixed, state = self._short_conv(gated, state, segments, with_state)
+        return (gated + mixed).to(hidden.dtype), state
+
+    def gates(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The gate's openings in (0, 1): [B, T, M]."""
+        keys, _ = self._keys_and_value(rows, hidden.dtype)
+        return self._gate(hidden, keys)
+
+    def _keys_and_value(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[B, T, M, D] and [B, T, D], in single precision at least."""
+        projected = self.project(rows.flatten(-2)).to(torch.promote_types(dtype, torch.float32))
+        keys, value = projected.split([self.streams * self.dim, self.dim], dim=-1)
+        return keys.unflatten(-1, (self.streams, self.dim)), value
+
+    def _gate(self, hidden: Tensor, keys: Tensor) -> Tensor:
+        """[B, T, M]; equation 4, and the demo's squashing of the score."""
+        query = self._norm(hidden.to(keys.dtype), self.query_gain, self.config.norm_eps)
+        score = (query * self._norm(keys, self.key_gain, self.config.norm_eps)).sum(-1) / math.sqrt(self.dim)
+        if self.config.gate == "signed_sqrt":
+            score = score.abs().clamp_min(1e-6).sqrt() * score.sign()
+        elif self.config.gate == "copysign_sqrt":
+            score = torch.copysign(score.abs().clamp_min(1e-6).sqrt(), score)
+        return score.sigmoid()
+
+    def _norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        """RMSNorm over the last axis with a gain for each stream."""
+        return F.rms_norm(x, (self.dim,), eps=eps) * (gain + 1.0 if self.config.zero_centered else gain)
+
+    def _short_conv(
+        self, x: Tensor, state: ConvState | None, segments: Tensor | None, with_state: bool
+    ) -> tuple[Tensor, ConvState | None]:
+        """SiLU of the depthwise causal convolution; [B, T, M, D] -> [B, T, M, D]."""
+        length, tail = x.shape[1], self.config.tail
+        normed = self._norm(x, self.conv_gain, self.config.conv_norm_eps)
+        if state is None:
+            past = F.pad(normed, (0, 0, 0, 0, tail, 0))
+            documents = None if segments is None else F.pad(segments.long(), (tail, 0))
+        else:
+            past = torch.cat([state.inputs, normed], dim=1)
+            if segments is None:
+                segments = state.segments[:, -1:].expand(-1, length)
+            documents = torch.cat([state.segments, segments.long()], dim=1)
+
+        total = past[:, tail:] * self.conv_weight[-1]
+        for tap in range(self.config.conv_kernel - 1):
+            first = tap * self.config.conv_dilation
+            shifted = past[:, first : first + length]
+            if documents is not None:
+                same = documents[:, first : first + length] == documents[:, tail:]
+                shifted = shifted * same[:, :, None, None]
+            total = total + shifted * self.conv_weight[tap]
+
+        if state is None and not with_state:
+            return F.silu(total), None
+        if documents is None:
+            documents = torch.zeros(past.shape[:2], dtype=torch.int64, device=past.device)
+        last = past.shape[1] - tail  # not [-tail:], which is everything when there is no tail
+        return F.silu(total), ConvState(past[:, last:].detach(), documents[:, last:])
+
+
+def reference_engram(
+    module: Engram,
+    hidden: Tensor,
+    rows: Tensor,
+    *,
+    segments: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """The slow truth: the same [B, T, M, D] by loops over positions and streams, one formula a line."""
+    config, (batch, length, streams, dim) = module.config, hidden.shape
+    weight = module.project.weight.view(streams + 1, dim, -1)
+    bias = module.project.bias.view(streams + 1, dim) if config.bias else torch.zeros_like(weight[..., 0])
+    one = 1.0 if config.zero_centered else 0.0
+
+    def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        return x / (x.square().mean() + eps).sqrt() * (gain + one)
+
+    def gated(b: int, t: int, m: int) -> Tensor:
+        if keep is not None and not keep[b, t]:
+            return torch.zeros_like(hidden[b, t, m])
+        memory = rows[b, t].flatten()
+        key = weight[m] @ memory + bias[m]
+        value = weight[streams] @ memory + bias[streams]
+        query = norm(hidden[b, t, m], module.query_gain[m], config.norm_eps)
+        score = query @ norm(key, module.key_gain[m], config.norm_eps) / dim**0.5
+        if config.gate != "plain":
+            sign = score.sign() if config.gate == "signed_sqrt" else torch.ones_like(score).copysign(score)
+            score = sign * score.abs().clamp_min(1e-6).sqrt()
+        return torch.sigmoid(score) * value
+
+    def visible(b: int, t: int, source: int) -> bool:
+        return source >= 0 and (segments is None or bool(segments[b, source] == segments[b, t]))
+
+    def output(b: int, t: int, m: int) -> Tensor:
+        out = gated(b, t, m)
+        if not config.conv_kernel:
+            return out
+        total = torch.zeros_like(out)
+        for lag in range(config.conv_kernel):
+            source = t - lag * config.conv_dilation
+            if visible(b, t, source):
+                normed = norm(gated(b, source, m), module.conv_gain[m], config.conv_norm_eps)
+                total = total + module.conv_weight[config.conv_kernel - 1 - lag, m] * normed
+        return out + total * torch.sigmoid(total)
+
+    positions = [[[output(b, t, m) for m in range(streams)] for t in range(length)] for b in range(batch)]
+    return torch.stack([torch.stack([torch.stack(m) for m in t]) for t in positions])

@@ -1,0 +1,324 @@
+"""The language model: tokens and the rows they name in, logits out. It knows no table and no tokenizer.
+
+    h = embedding(tokens), once for each of M residual streams            [B, T, M, D]
+    in each block:
+        h = h + memory(h, rows)              where the block holds a memory
+        h = h + attention(norm(h))           with M > 1 the streams are mixed here (hyper.py)
+        h = h + ffn(norm(h))
+    logits = head(norm(mean of the streams))                              [B, T, V]
+
+State is a value that goes in and comes out, so a text may be read in chunks of any length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError, MismatchError
+from ..hashing import HashConfig
+from ..memory import ConvState, Engram, EngramConfig
+from .attention import AttentionConfig, Cache, build_attention
+from .ffn import MixtureOfExperts, MoEConfig, SwiGLU
+from .hyper import HyperConnection, build_connection
+from .norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """A memory: how its rows are addressed, and how they are fused into the hidden state."""
+
+    hash: HashConfig
+    engram: EngramConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model of `layers` blocks of width `dim`.
+
+    ffn_width: of the SwiGLU in every block, or in the leading dense blocks of a mixture of experts. streams:
+    residual streams, 1 for the plain residual. tie_embeddings: the head is the embedding's matrix.
+    """
+
+    vocab_size: int
+    dim: int
+    layers: int
+    attention: AttentionConfig
+    ffn_width: int
+    moe: MoEConfig | None = None
+    streams: int = 1
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    memory: MemoryConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "layers", "ffn_width", "streams"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.moe and self.moe.dense_layers >= self.layers:
+            raise ConfigError(
+                f"model: moe.dense_layers = {self.moe.dense_layers} leaves the experts none of {self.layers}."
+            )
+        if self.memory and max(self.memory.hash.layers) >= self.layers:
+            raise ConfigError(
+                f"model: memory.hash.layers {self.memory.hash.layers} name a block beyond the last, "
+                f"{self.layers - 1} (they count from 0): its rows would never be read."
+            )
+
+
+class LayerState(NamedTuple):
+    """What one block remembers of the positions so far."""
+
+    attention: Cache
+    memory: ConvState | None  # None without a memory, or without a convolution in it
+
+
+class ModelState(NamedTuple):
+    """What the model remembers of a text between chunks; a value, so keep an old one to roll back."""
+
+    position: int  # positions seen so far
+    layers: tuple[LayerState, ...]
+
+    def select(self, indices: Tensor) -> ModelState:
+        """The state of the sequences `indices` [B'] of the batch, repeats allowed: the beams that survive."""
+
+        def pick(value: Any) -> Any:  # a tensor, None, or a named tuple of such
+            if value is None or isinstance(value, Tensor):
+                return value if value is None else value[indices]
+            return value._make(map(pick, value))
+
+        return ModelState(self.position, tuple(map(pick, self.layers)))
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward share."""
+
+    positions: Tensor  # [T]
+    mask: Tensor | None  # [B, 1, T, S] bool; None is causal
+    segments: Tensor | None  # [B, T]; None if no document ends inside a row
+    keep: Tensor | None  # [B, T] bool
+    with_state: bool
+
+
+class Block(nn.Module):
+    """Memory (in memory layers), attention, feed-forward; each a residual step."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        dim, streams, eps = config.dim, config.streams, config.norm_eps
+        self.memory = None
+        if config.memory and layer in config.memory.hash.layers:
+            rows_per_token = config.memory.hash.rows_per_token
+            self.memory = Engram(
+                config.memory.engram, dim=dim, streams=streams, rows_per_token=rows_per_token
+            )
+        self.attention_connection = build_connection(dim, streams, eps)
+        self.attention_norm = RMSNorm(dim, eps)
+        self.attention = build_attention(config.attention, dim, eps)
+        self.ffn_connection = build_connection(dim, streams, eps)
+        self.ffn_norm = RMSNorm(dim, eps)
+        sparse = config.moe if config.moe and layer >= config.moe.dense_layers else None
+        self.ffn = MixtureOfExperts(sparse, dim) if sparse else SwiGLU(dim, config.ffn_width)
+
+    def forward(
+        self, h: Tensor, rows: Tensor | None, state: LayerState | None, context: Context
+    ) -> tuple[Tensor, LayerState]:
+        """h [B, T, M, D], this layer's rows [B, T, K, d] -> h [B, T, M, D], and the state after it."""
+        cache, memory_state = state or (None, None)
+        if self.memory is not None:
+            delta, memory_state = self.memory(
+                h,
+                rows,
+                memory_state,
+                segments=context.segments,
+                keep=context.keep,
+                with_state=context.with_state,
+            )
+            h = h + delta
+        x, write = self.attention_connection(h)
+        y, cache = self.attention(self.attention_norm(x), context.positions, cache, context.mask)
+        h = write(y)
+        x, write = self.ffn_connection(h)
+        h = write(self.ffn(self.ffn_norm(x)))
+        return h, LayerState(cache, memory_state)
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only transformer, with a memory where `config.memory` says so.
+
+    `LanguageModel.build` gives one that is ready to train; the bare constructor leaves parameters to
+    `init_weights` or to a checkpoint (so that it can run on the meta device).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @staticmethod
+    def build(config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> LanguageModel:
+        """A model with initial weights on `device`."""
+        with torch.device("meta"):
+            model = LanguageModel(config)
+        model.to_empty(device=device)
+        model.init_weights(seed)
+        return model
+
+    def forward(
+        self,
+        tokens: Tensor,
+        rows: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        keep: Tensor | None = None,
+        state: ModelState | None = None,
+        with_state: bool = False,
+    ) -> tuple[Tensor, ModelState | None]:
+        """tokens [B, T], rows [B, T, L, K, d] -> hidden [B, T, D] after the final norm, and the state.
+
+        segments: [B, T] document numbers; neither attention nor memory crosses a change. keep: [B, T] bool,
+        False silences the memory at a position. state: where an earlier chunk ended; a state is returned when
+        asked for or given.
+
+        Raises MismatchError when rows and memory do not belong together, or segments are given with a state.
+        """
+        self._check_rows(tokens, rows)
+        with_state = with_state or state is not None
+        if with_state and segments is not None:
+            raise MismatchError(
+                "segments were given together with a state: a state holds one document a sequence, and later "
+                "chunks would have looked into earlier documents. Decode each document on its own."
+            )
+        start, layers = state or (0, (None,) * self.config.layers)
+        length = tokens.shape[1]
+        mask = None if segments is None else segment_mask(segments)
+        context = Context(
+            positions=torch.arange(start, start + length, device=tokens.device),
+            mask=mask,
+            segments=None if mask is None else segments,
+            keep=keep,
+            with_state=with_state,
+        )
+
+        h = self.embedding(tokens).unsqueeze(2).expand(-1, -1, self.config.streams, -1)
+        after = []
+        for layer, block in enumerate(self.blocks):
+            h, layer_state = block(h, self._rows_of(layer, rows), layers[layer], context)
+            after.append(layer_state)
+        hidden = self.norm(h.mean(2))
+        return hidden, ModelState(start + length, tuple(after)) if with_state else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., V]."""
+        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        rows: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+    ) -> Tensor:
+        """Cross entropy in nats of targets [B, T] (-100: ignored) -> the mean, or [B, T] with 0 there."""
+        hidden, _ = self(tokens, rows, segments=segments)
+        logits = self.logits(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction
+        )
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Set every parameter and buffer, whatever it held before.
+
+            embedding.weight            N(0, 0.02)          norms make up for the scale
+            head.weight                 N(0, 0.001)         every token is equally likely at the start
+            *.out.weight, *.down.weight, *.down     0       each sublayer begins as the identity
+            *norm.weight                1
+            *.alpha, *.static           HyperConnection.reset_static
+            *.memory.*                  Engram.reset_parameters
+            any other [.., in]          N(0, 1/sqrt(in))    keeps the variance; experts and routers too
+            buffers bias, load          0                   no expert is preferred, none was used
+
+        Each tensor has its own generator, seeded by `seed` and its name: the backbone is the same with a
+        memory and without.
+        """
+        for name, parameter in self.named_parameters():
+            generator = _generator(seed, name, parameter.device)
+            if name == "embedding.weight":
+                parameter.normal_(std=0.02, generator=generator)
+            elif name == "head.weight":
+                parameter.normal_(std=0.001, generator=generator)
+            elif name.endswith((".out.weight", ".down.weight", ".down")):
+                parameter.zero_()
+            elif name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif ".memory." not in name and not name.endswith((".alpha", ".static")):
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        for name, module in self.named_modules():
+            if isinstance(module, Engram):
+                module.reset_parameters(_generator(seed, name, module.project.weight.device))
+            elif isinstance(module, HyperConnection):
+                module.reset_static()
+            elif isinstance(module, MixtureOfExperts):
+                module.bias.zero_()
+                module.load.zero_()
+
+    def balance(self) -> None:
+        """Once a training step: move every expert layer's selection bias against its load."""
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.balance()
+
+    def _rows_of(self, layer: int, rows: Tensor | None) -> Tensor | None:
+        """The rows [B, T, K, d] of a memory layer; None for other layers."""
+        memory = self.config.memory
+        if rows is None or memory is None or layer not in memory.hash.layers:
+            return None
+        return rows[:, :, memory.hash.layers.index(layer)]
+
+    def _check_rows(self, tokens: Tensor, rows: Tensor | None) -> None:
+        memory = self.config.memory
+        if memory is None:
+            if rows is not None:
+                raise MismatchError(
+                    "rows were given to a model without a memory: they would have changed nothing."
+                )
+            return
+        if rows is None:
+            raise MismatchError(
+                "this model has a memory but was called without rows: the memory would have been silently "
+                "switched off. To silence it on purpose, pass rows with keep=False everywhere."
+            )
+        expected = (*tokens.shape, len(memory.hash.layers), memory.hash.rows_per_token, memory.engram.row_dim)
+        if rows.shape != expected:
+            raise MismatchError(
+                f"rows have the shape {list(rows.shape)}, but these tokens and this memory need "
+                f"[B, T, L, K, d] = {list(expected)}: the memory would have read the wrong rows."
+            )
+
+
+def segment_mask(segments: Tensor) -> Tensor | None:
+    """segments [B, T] -> causal mask [B, 1, T, T] bool within documents; None if none ends inside a row."""
+    change = segments[:, 1:] != segments[:, :-1]
+    if not change.any():
+        return None
+    document = F.pad(change, (1, 0)).cumsum(1)  # a number that comes back after a change is another document
+    return (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A random generator that depends on the seed and a tensor's name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)

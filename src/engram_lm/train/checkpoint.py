@@ -1,0 +1,132 @@
+"""Checkpoints that are whole or absent: written aside, synced, then renamed. A manifest holds every file's checksum.
+
+    checkpoints/step-000400/  model.safetensors  optimizer.safetensors  table.safetensors  manifest.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def save(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int = 2) -> Path:
+    """Write `parts` (a safetensors file each) and `facts` (JSON) as checkpoint `step`; leave the newest `keep`.
+
+    Raises CheckpointError when the disk is full or not writable; earlier checkpoints are not touched then.
+    """
+    final = directory / f"step-{step:06d}"
+    partial = directory / f"{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, tensors in parts.items():
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
+        files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({"step": step, **facts, "files": files}, indent=1), encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)  # a corrupt one of the same step, if any
+        partial.rename(final)
+        sync(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = latest(directory)
+        raise CheckpointError(
+            f"{final}: cannot be written ({error}). "
+            + (f"The checkpoint before it, {kept.name}, is intact." if kept else "There is no earlier checkpoint.")
+        ) from None
+    for old in checkpoints(directory)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in directory.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint, if any."""
+    return (checkpoints(directory) or [None])[-1]
+
+
+class Checkpoint:
+    """A checkpoint on disk, verified on opening: `facts` from the manifest, and parts by name.
+
+    Raises CheckpointError naming the file that is missing, truncated or altered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.facts: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            files: dict[str, str] = self.facts["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / MANIFEST}: not a checkpoint's manifest ({error}).{self._advice()}") from None
+        for name, expected in files.items():
+            found = checksum(path / name) if (path / name).is_file() else "no file"
+            if found != expected:
+                raise CheckpointError(
+                    f"{path / name}: its checksum is {found[:12]}, the manifest says {expected[:12]}: the file was truncated "
+                    f"or altered, and training would have gone on from other weights.{self._advice()}"
+                )
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one part."""
+        return load_file(self.path / f"{name}.safetensors")
+
+    def _advice(self) -> str:
+        earlier = [path for path in checkpoints(self.path.parent) if path.name < self.path.name]
+        if not earlier:
+            return " There is no earlier checkpoint."
+        return f" Remove {self.path} to go on from {earlier[-1].name}."
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make a file or directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Hold a run directory for this process. Raises CheckpointError while another one holds it; a kill releases it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise CheckpointError(
+                f"{directory} is in use by process {lock.read().strip() or 'unknown'}: two runs would overwrite each other's "
+                "checkpoints. Choose another directory."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
