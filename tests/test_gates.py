@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from engram_lm.analysis.gates import Ngram, count_ngrams, displayable, gate_view, piece_bytes
+from engram_lm.analysis.gates import Ngram, count_ngrams, displayable, gate_view
+from engram_lm.tokens import piece_bytes
 
 
 def split(data: bytes, cuts: list[int]) -> list[bytes]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm import config
@@ -28,9 +28,11 @@ def batches(loader: Loader, state: LoaderState, count: int):
         yield batch, state
 
 
-splits = st.lists(st.integers(2, 30), min_size=1, max_size=20).map(split_of)
+splits = st.lists(st.integers(2, 15), min_size=1, max_size=10).map(split_of)
+untimed = settings(deadline=None)  # the machine may be busy
 
 
+@untimed
 @given(splits, st.data())
 def test_every_window_is_seen_exactly_once_an_epoch(split, data):
     length = data.draw(st.integers(1, len(split.tokens) - 1))
@@ -42,6 +44,7 @@ def test_every_window_is_seen_exactly_once_an_epoch(split, data):
         assert sorted(firsts[epoch * n : (epoch + 1) * n].tolist()) == [i * length for i in range(n)]
 
 
+@untimed
 @given(splits, st.integers(1, 8), st.integers(0, 6), st.data())
 def test_any_state_resumes_the_same_sequence(split, length, steps, data):
     length = min(length, len(split.tokens) - 1)
@@ -57,13 +60,14 @@ def test_any_state_resumes_the_same_sequence(split, length, steps, data):
 
 def naive_window(split: Split, first: int, length: int):
     """One window, token by token."""
-    document = [sum(start <= place for start in split.starts) for place in range(len(split.tokens))]
+    document = [number for number, size in enumerate(split.bytes.tolist()) for _ in range(size)]
     places = range(first, min(first + length, len(split.tokens) - 1))
     tokens = [int(split.tokens[p]) for p in places]
     targets = [int(split.tokens[p + 1]) if document[p] == document[p + 1] else IGNORED for p in places]
     return tokens, targets, [document[p] - document[first] for p in places]
 
 
+@untimed
 @given(splits, st.integers(1, 12))
 def test_a_batch_is_what_the_naive_loop_says(split, length):
     length = min(length, len(split.tokens) - 1)
@@ -74,6 +78,7 @@ def test_a_batch_is_what_the_naive_loop_says(split, length):
     assert batch.segments.tolist() == [segments]
 
 
+@untimed
 @given(splits, st.integers(1, 5), st.integers(1, 12))
 def test_validation_sees_every_target_once_in_order(split, batch_size, length):
     seen = list(windows(split, batch_size, length))
@@ -121,6 +126,7 @@ def test_order_depends_on_seed_and_epoch():
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
+@untimed
 @given(st.integers(1, 2000), st.integers(0, 99), st.integers(0, 99))
 def test_a_permutation_permutes(n, seed, epoch):
     assert sorted(permuted(np.arange(n), n, (seed, epoch)).tolist()) == list(range(n))

@@ -243,7 +243,7 @@ def build_moe(config: MoEConfig, dim: int = 16) -> MixtureOfExperts:
     return module
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # one kernel, and the loop
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shared", [0, 2])
 def test_mixture_of_experts_equals_naive_in_value_and_gradient(dtype, shared):
     module = build_moe(MoEConfig(experts=5, active=3, shared=shared, width=12, route_scale=1.5)).to(dtype)
@@ -261,9 +261,28 @@ def test_mixture_of_experts_equals_naive_in_value_and_gradient(dtype, shared):
 @given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_grouped_linear_equals_its_loop(counts):
     torch.manual_seed(0)
-    weight, ends = torch.randn(len(counts), 8, 4), torch.tensor(counts).cumsum(0)
-    x = torch.randn(sum(counts), 4)
-    torch.testing.assert_close(grouped_linear(x, weight, ends), grouped_linear_loop(x, weight, ends))
+    ends = torch.tensor(counts).cumsum(0)
+    x = torch.randn(sum(counts), 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(len(counts), 16, 8, dtype=torch.bfloat16, requires_grad=True)
+    y, expected = grouped_linear(x, weight, ends), grouped_linear_loop(x, weight, ends)
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    towards = torch.randn_like(y)
+    gradients = torch.autograd.grad((y * towards).sum(), (x, weight))
+    for gradient, true in zip(
+        gradients, torch.autograd.grad((expected * towards).sum(), (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(gradient, true, rtol=0.02, atol=0.1)
+
+
+def test_experts_take_the_kernel_under_autocast(monkeypatch):
+    module, calls = build_moe(replace(MOE, width=16)), []
+    kernel = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or kernel(*args, **kwargs))
+    x = torch.randn(4, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+    assert len(calls) == 3
+    torch.testing.assert_close(y.float(), module(x), rtol=0.05, atol=0.05)
 
 
 def test_balancing_evens_out_the_load():
@@ -299,14 +318,15 @@ def build_connection(dim: int = 8, streams: int = 4) -> HyperConnection:
 
 
 @settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 1000), scale=st.floats(0, 2), streams=st.integers(2, 5))
-def test_sinkhorn_is_doubly_stochastic(seed, scale, streams):
-    logits = scale * torch.randn(7, streams, streams, generator=torch.Generator().manual_seed(seed))
-    mix = sinkhorn(logits)
+@given(seed=st.integers(0, 1000), streams=st.integers(2, 5), wild=st.booleans())
+def test_sinkhorn_is_doubly_stochastic(seed, streams, wild):
+    """After 20 steps for logits about as far apart as a model starts with; wild ones take longer."""
+    logits = torch.randn(7, streams, streams, generator=torch.Generator().manual_seed(seed))
+    mix = sinkhorn(2 * logits, iterations=2000) if wild else sinkhorn(0.5 * logits)
     ones = torch.ones(7, streams)
     assert (mix >= 0).all()
     torch.testing.assert_close(mix.sum(-1), ones, rtol=0, atol=1e-4)
-    torch.testing.assert_close(mix.sum(-2), ones, rtol=0, atol=1e-4 if scale <= 1 else 2e-2)
+    torch.testing.assert_close(mix.sum(-2), ones, rtol=0, atol=1e-4)
 
 
 def test_sinkhorn_survives_logits_whose_exponentials_vanish():
@@ -358,7 +378,7 @@ def test_one_stream_is_the_plain_residual_exactly():
     assert torch.equal(write(y)[:, :, 0], h[:, :, 0] + y)
 
     model, (tokens, _) = build(PLAIN), batch(PLAIN, 7)
-    h = model.embedding(tokens)
+    h = F.rms_norm(model.embedding(tokens), (PLAIN.dim,), eps=PLAIN.norm_eps)
     for block in model.blocks:
         h = h + block.attention(block.attention_norm(h), torch.arange(7))[0]
         h = h + block.ffn(block.ffn_norm(h))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError, DataError
@@ -237,6 +237,7 @@ def test_only_the_first_bytes_train_the_tokenizer():
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5))
 def test_any_text_survives_the_round_trip(strings):
     encoded = encode_texts(TOKENIZER, strings)

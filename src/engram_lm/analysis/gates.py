@@ -8,7 +8,6 @@ to look at.
 from __future__ import annotations
 
 import codecs
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,25 +112,6 @@ def displayable(pieces: Sequence[bytes]) -> list[Span]:
             spans.append(Span(text, start, stop))
             text, start = "", stop
     return spans
-
-
-def piece_bytes(piece: str) -> bytes:
-    """The bytes behind a byte-level BPE token as its vocabulary spells it: `"Ġthe"` is `b" the"`.
-
-    Tokens outside that alphabet (added ones, such as `<｜end▁of▁sentence｜>`) are themselves.
-    """
-    alphabet = _byte_level_alphabet()
-    if all(character in alphabet for character in piece):
-        return bytes(alphabet[character] for character in piece)
-    return piece.encode()
-
-
-@functools.cache
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's letter for each byte, inverted: printable Latin-1 is itself, the rest start at U+0100."""
-    itself = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(itself)]
-    return {chr(b): b for b in itself} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 def count_ngrams(training: np.ndarray, text: np.ndarray, orders: Sequence[int]) -> list[list[int]]:

@@ -113,8 +113,7 @@ def attend(
 
 
 def _attend_to_past(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention of query [B, H, T, d] to key [B, G, S, d] and value [B, G, S, e], T < S -> [B, H, T,
-    e].
+    """Causal attention of T queries [B, H, T, d] to S > T keys [B, G, S, d] and values [B, G, S, e].
 
     The queries that share a key head become rows of one matrix: the cache is read once and never repeated in
     memory (on a CPU 130 times faster for one token, 32 heads, and one key head of 576 channels).
@@ -147,11 +146,10 @@ class GroupedQueryAttention(nn.Module):
     ) -> tuple[Tensor, KeyValueCache]:
         """x [B, T, D] at positions [T] -> y [B, T, D], and the longer cache. mask: see `attend`."""
         by_head = (-1, self.config.head_dim)
-        query = rotate(
-            self.query_norm(self.query(x).unflatten(-1, by_head)), positions, self.config.rope_theta
-        )
-        key = rotate(self.key_norm(self.key(x).unflatten(-1, by_head)), positions, self.config.rope_theta)
+        query = self.query_norm(self.query(x).unflatten(-1, by_head))
+        key = self.key_norm(self.key(x).unflatten(-1, by_head))
         value = self.value(x).unflatten(-1, by_head)
+        query, key = (rotate(vector, positions, self.config.rope_theta) for vector in (query, key))
         if cache is not None:
             key, value = torch.cat([cache.key, key], dim=1), torch.cat([cache.value, value], dim=1)
         y = attend(query, key, value, mask)
@@ -159,8 +157,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (DeepSeek-V2, 2.1.2): keys and values of all heads come from one small
-    latent.
+    """Multi-head latent attention (DeepSeek-V2, 2.1.2): keys and values of all heads come from one latent.
 
         [latent; rope_key] = kv_down x          RMSNorm(latent) and RoPE(rope_key) are the cache
         key_h = [K_h latent; rope_key]          value_h = V_h latent         K_h, V_h: a head's parts of kv_up
@@ -183,9 +180,8 @@ class LatentAttention(nn.Module):
         self.query_up = nn.Linear(config.q_rank or dim, query_width, bias=False)
         self.kv_down = nn.Linear(dim, config.kv_rank + config.rope_dim, bias=False)
         self.kv_norm = RMSNorm(config.kv_rank, norm_eps)
-        self.kv_up = nn.Linear(
-            config.kv_rank, config.heads * (config.nope_dim + config.value_dim), bias=False
-        )
+        key_value_width = config.heads * (config.nope_dim + config.value_dim)
+        self.kv_up = nn.Linear(config.kv_rank, key_value_width, bias=False)
         self.out = nn.Linear(config.heads * config.value_dim, dim, bias=False)
 
     def forward(
@@ -195,9 +191,7 @@ class LatentAttention(nn.Module):
         config = self.config
         query = self.query_up(self.query_norm(self.query_down(x)) if config.q_rank else x)
         nope, rope = query.unflatten(-1, (config.heads, -1)).split([config.nope_dim, config.rope_dim], dim=-1)
-        query = torch.cat(
-            [nope, rotate(rope, positions, config.rope_theta)], dim=-1
-        )  # [B, T, H, nope + rope]
+        query = torch.cat([nope, rotate(rope, positions, config.rope_theta)], dim=-1)
 
         latent, rope_key = self.kv_down(x).split([config.kv_rank, config.rope_dim], dim=-1)
         latent = self.kv_norm(latent)
@@ -214,9 +208,7 @@ class LatentAttention(nn.Module):
         """query [B, T, H, nope + rope] -> [B, T, H, value], by the keys and values of every head."""
         config = self.config
         key_value = self.kv_up(cache.latent).unflatten(-1, (config.heads, -1))
-        key, value = key_value.split(
-            [config.nope_dim, config.value_dim], dim=-1
-        )  # [B, S, H, nope], [B, S, H, value]
+        key, value = key_value.split([config.nope_dim, config.value_dim], dim=-1)
         rope_key = cache.rope_key.unsqueeze(2).expand(-1, -1, config.heads, -1)
         return attend(query, torch.cat([key, rope_key], dim=-1), value, mask)
 

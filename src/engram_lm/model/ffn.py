@@ -120,17 +120,15 @@ class MixtureOfExperts(nn.Module):
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of x [N, in], sorted by expert, each times its expert's matrix of weight [E, out, in] -> [N, out].
 
-    ends: [E] int64, the row behind each expert's last. One kernel for all experts where torch has it for this
-    type and device (rows must be multiples of 16 bytes), else a loop. Follows autocast as a linear layer
-    does.
+    ends: [E] int64, the row behind each expert's last. In bf16 one kernel does all experts, if rows are
+    multiples of 16 bytes; otherwise a loop. Follows autocast as a linear layer does.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    has_kernel = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and device == "cpu")
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if has_kernel and aligned:
+    if x.dtype == torch.bfloat16 and aligned:
         return F.grouped_mm(x, weight.mT, offs=ends.int())
     return grouped_linear_loop(x, weight, ends)
 

@@ -1,6 +1,6 @@
 """The language model: tokens and the rows they name in, logits out. It knows no table and no tokenizer.
 
-    h = embedding(tokens), once for each of M residual streams            [B, T, M, D]
+    h = norm(embedding(tokens)), once for each of M residual streams      [B, T, M, D]
     in each block:
         h = h + memory(h, rows)              where the block holds a memory
         h = h + attention(norm(h))           with M > 1 the streams are mixed here (hyper.py)
@@ -208,7 +208,10 @@ class LanguageModel(nn.Module):
             with_state=with_state,
         )
 
-        h = self.embedding(tokens).unsqueeze(2).expand(-1, -1, self.config.streams, -1)
+        # Normalised, or a small embedding would drown in the first sublayers' outputs and a large one learn
+        # slowly (0.4 nats after 100 steps of the tiny preset).
+        h = F.rms_norm(self.embedding(tokens), (self.config.dim,), eps=self.config.norm_eps)
+        h = h.unsqueeze(2).expand(-1, -1, self.config.streams, -1)
         after = []
         for layer, block in enumerate(self.blocks):
             h, layer_state = block(h, self._rows_of(layer, rows), layers[layer], context)
@@ -242,8 +245,8 @@ class LanguageModel(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Set every parameter and buffer, whatever it held before.
 
-            embedding.weight            N(0, 0.02)          norms make up for the scale
-            head.weight                 N(0, 0.001)         every token is equally likely at the start
+            embedding.weight            N(0, 0.02)          normalised in forward; small: it learns fast
+            head.weight                 N(0, 0.02)          every token is about equally likely at the start
             *.out.weight, *.down.weight, *.down     0       each sublayer begins as the identity
             *norm.weight                1
             *.alpha, *.static           HyperConnection.reset_static
@@ -256,10 +259,8 @@ class LanguageModel(nn.Module):
         """
         for name, parameter in self.named_parameters():
             generator = _generator(seed, name, parameter.device)
-            if name == "embedding.weight":
+            if name in ("embedding.weight", "head.weight"):
                 parameter.normal_(std=0.02, generator=generator)
-            elif name == "head.weight":
-                parameter.normal_(std=0.001, generator=generator)
             elif name.endswith((".out.weight", ".down.weight", ".down")):
                 parameter.zero_()
             elif name.endswith("norm.weight"):

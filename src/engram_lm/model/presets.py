@@ -29,7 +29,7 @@ TINY = ModelConfig(
     attention=AttentionConfig("gqa", heads=4, kv_heads=4, head_dim=32),
     ffn_width=384,
     memory=MemoryConfig(
-        HashConfig(orders=(2, 3), heads=4, rows_per_head=50_000, layers=(1,)),
+        HashConfig(orders=(2, 3), heads=4, rows_per_head=50_000, layers=(1,), pad_id=0),
         EngramConfig(row_dim=32, conv_dilation=3),
     ),
 )
@@ -42,7 +42,8 @@ SMALL = ModelConfig(
     ffn_width=2304,
     tie_embeddings=True,
     memory=MemoryConfig(
-        HashConfig(orders=(2, 3), heads=8, rows_per_head=262_144, layers=(1, 6)), EngramConfig(row_dim=64)
+        HashConfig(orders=(2, 3), heads=8, rows_per_head=262_144, layers=(1, 6), pad_id=0),
+        EngramConfig(row_dim=64),
     ),
 )
 

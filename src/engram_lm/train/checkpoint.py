@@ -10,10 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -113,20 +111,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def claimed(directory: Path) -> Iterator[None]:
-    """Hold a run directory for this process. Raises CheckpointError while another one holds it; a kill releases it."""
+def claim(directory: Path) -> TextIO:
+    """Hold a run directory until the returned file is closed or the process ends, however it ends.
+
+    Raises CheckpointError while another process holds it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise CheckpointError(
-                f"{directory} is in use by process {lock.read().strip() or 'unknown'}: two runs would overwrite each other's "
-                "checkpoints. Choose another directory."
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+    lock = (directory / "lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise CheckpointError(
+            f"{directory} is in use by process {holder}: two runs would overwrite each other's checkpoints. Choose another "
+            "directory with --out."
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock

@@ -26,12 +26,12 @@ class Batch:
     Attributes:
         tokens: [B, T] int64.
         targets: [B, T] int64, the next token; -100 where that belongs to another document.
-        segments: [B, T] int32, the document's number within its window; it changes where a document begins.
+        segments: [B, T] int32, the document's number in the split, from 1; None where a window is one document.
     """
 
     tokens: Tensor
     targets: Tensor
-    segments: Tensor
+    segments: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ class Loader:
 
 
 def windows(split: Split, batch_size: int, length: int, limit: int | None = None) -> Iterator[Batch]:
-    """The split's first `limit` windows in order, for evaluation; all of them hold each target once.
+    """The split's windows in order, for evaluation, or `limit` of them spread evenly; all of them hold each target once.
 
     The last batch may hold fewer windows, and the last window is filled up with a segment without targets.
     """
     count = -(-(len(split.tokens) - 1) // length)
-    count = count if limit is None else min(count, limit)
-    for first in range(0, count, batch_size):
-        yield _batch(split, np.arange(first, min(first + batch_size, count)), length)
+    chosen = np.arange(count) if limit is None or limit >= count else np.arange(limit) * count // limit
+    for first in range(0, len(chosen), batch_size):
+        yield _batch(split, chosen[first : first + batch_size], length)
 
 
 def _batch(split: Split, window: np.ndarray, length: int) -> Batch:
@@ -109,7 +109,7 @@ def _batch(split: Split, window: np.ndarray, length: int) -> Batch:
     return Batch(
         tokens=torch.from_numpy(tokens[:, :-1].copy()),
         targets=torch.from_numpy(np.where(known, tokens[:, 1:], IGNORED)),
-        segments=torch.from_numpy((documents[:, :-1] - documents[:, :1]).astype(np.int32)),
+        segments=torch.from_numpy(documents[:, :-1].astype(np.int32)),
     )
 
 

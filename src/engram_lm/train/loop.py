@@ -11,6 +11,7 @@ import math
 import platform
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -72,130 +73,189 @@ class Batches(Protocol):
 Evaluate = Callable[[LanguageModel, Lookup | None], dict[str, float]]
 
 
-@dataclass
-class Run:
-    """What training leaves: the model, its memory, and the lines of metrics.jsonl."""
+class Training:
+    """A run in progress: `step()` until `done`, then `close()`; or `train`, which does so with a progress bar.
 
-    model: LanguageModel
-    lookup: Lookup | None
-    metrics: list[dict[str, Any]]
-    interrupted: bool = False
-
-
-def train(
-    config: TrainConfig,
-    directory: Path,
-    batches: Batches,
-    lookup: Lookup | None,
-    *,
-    evaluate: Evaluate | None = None,
-    facts: dict[str, Any] | None = None,
-    resume: bool = False,
-    label: str = "train",
-    progress: Progress | None = None,
-) -> Run:
-    """Train into `directory`, or go on from its newest checkpoint with `resume`.
-
-    lookup: the memory's vocabulary, plan and table; None for a model without one. evaluate: called every
-    `eval_every` steps and at the end; what it returns joins the metrics. facts: names and digests kept in every
-    checkpoint and compared on resume (the tokenizer's digest, say).
+    lookup: the memory's vocabulary, plan and table; None for a model without one. evaluate: called every `eval_every`
+    steps and at the end; what it returns joins the metrics. facts: names and digests kept in every checkpoint and
+    compared on resume (the tokenizer's digest, say). resume: go on from the newest checkpoint, if there is one.
 
     Raises CheckpointError (directory in use, or holding a run already; disk full; corrupt checkpoint), MismatchError
     (resuming with another configuration, tokenizer or plan) and TrainingError (a loss that is not finite).
     """
-    device = choose_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with checkpoints.claimed(directory), interruptible() as interrupted:
-        model = LanguageModel.build(config.model, seed=config.seed, device=device)
-        optimizer = Optimizer(model, config.optim)
-        identity = {
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        directory: Path,
+        batches: Batches,
+        lookup: Lookup | None,
+        *,
+        evaluate: Evaluate | None = None,
+        facts: dict[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        self.config, self.directory, self.batches, self.lookup = config, directory, batches, lookup
+        self.evaluate = evaluate
+        self.device = choose_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.identity = {
             "config": configs.to_dict(config),
             "address_digest": lookup.digest if lookup else None,
             **(facts or {}),
         }
-        step, loader_state = 0, LoaderState()
-        if resume and (directory / "config.json").exists():
-            step, loader_state = restore(directory, model, optimizer, lookup, identity)
-        else:
-            start_directory(directory, config)
-        metrics = Metrics(directory / "metrics.jsonl", after=step)
+        self.done_steps, self.loader_state, self.saved_step = 0, LoaderState(), 0
+        self.claim = checkpoints.claim(directory)
+        try:
+            self.model = LanguageModel.build(config.model, seed=config.seed, device=self.device)
+            self.optimizer = Optimizer(self.model, config.optim)
+            if resume and (directory / "config.json").exists():
+                self._restore()
+            else:
+                start_directory(directory, config)
+            self.metrics = Metrics(directory / "metrics.jsonl", after=self.done_steps)
+        except BaseException:
+            self.claim.close()
+            raise
+        self.loss_of = torch.compile(self.model.loss) if config.compile else self.model.loss
 
-        def save() -> None:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state()}
-            if lookup:
-                parts["table"] = lookup.table.state()
-            state = {**identity, "loader": asdict(loader_state), "environment": environment(config, device)}
-            checkpoints.save(directory / "checkpoints", step, parts, state, config.keep_checkpoints)
+    @property
+    def done(self) -> bool:
+        """Whether every step is taken."""
+        return self.done_steps >= self.config.steps
 
-        loss_of = torch.compile(model.loss) if config.compile else model.loss
-        with shown(progress, label, config.steps, step) as show:
-            while step < config.steps:
-                began = time.perf_counter()
-                batch, loader_state = batches.next(loader_state)
-                multiple = schedule(config.optim, step, config.steps)
-                model.train()
-                loss, norm = train_step(loss_of, model, optimizer, lookup, on(batch, device), config, multiple)
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    raise TrainingError(not_finite(directory, step, loss, norm))
-                step += 1
-                seconds = time.perf_counter() - began
-                metrics.add(step=step, tokens=step * batch.tokens.numel(), loss=loss, norm=norm, lr=multiple, seconds=seconds)
-                show(step, loss, batch.tokens.numel() / seconds)
+    def step(self) -> dict[str, float]:
+        """One optimizer step, and the evaluation and checkpoint that are due after it; the step's metrics."""
+        began = time.perf_counter()
+        batch, loader_state = self.batches.next(self.loader_state)
+        self.model.train()
+        loss, norm, multiple = self._update(on(batch, self.device))
+        self.loader_state = loader_state
+        self.done_steps += 1
+        at = {"step": self.done_steps, "tokens": self.done_steps * batch.tokens.numel()}
+        measured = {"loss": loss, "norm": norm, "lr": multiple, "seconds": time.perf_counter() - began}
+        self.metrics.add(**at, **measured)
+        if self.evaluate and self._due(self.config.eval_every):
+            self.model.eval()
+            with torch.no_grad(), autocast(self.config.precision, self.device):
+                self.metrics.add(**at, **self.evaluate(self.model, self.lookup))
+        if self._due(self.config.checkpoint_every):
+            self.save()
+        return {**at, **measured}
 
-                last = step == config.steps or interrupted()
-                if evaluate and (last or (config.eval_every and step % config.eval_every == 0)) and not interrupted():
-                    model.eval()
-                    with torch.no_grad(), autocast(config.precision, device):
-                        metrics.add(step=step, tokens=step * batch.tokens.numel(), **evaluate(model, lookup))
-                if last or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                    save()
-                if interrupted():
-                    break
-        model.eval()
-        return Run(model, lookup, metrics.lines, interrupted=interrupted() and step < config.steps)
+    def _update(self, batch: Batch) -> tuple[float, float, float]:
+        """Backward through the batch in `accumulate` parts, then update; loss (nats a token), gradient norm, lr multiple."""
+        leaf: Leaf | None = self.lookup.leaf(batch.tokens, batch.segments) if self.lookup else None
+        count = (batch.targets >= 0).sum().clamp_min(1)
+        total = torch.zeros((), device=self.device)
+        size = len(batch.tokens) // self.config.accumulate
+        for first in range(0, len(batch.tokens), size):
+            part = on(batch, self.device, slice(first, first + size))
+            with autocast(self.config.precision, self.device):
+                rows = leaf.expand(first, first + size) if leaf else None
+                losses = self.loss_of(part.tokens, part.targets, rows, segments=part.segments, reduction="none")
+            loss = losses.sum() / count
+            loss.backward()
+            total += loss.detach()
+
+        norm = self.optimizer.clip([leaf.rows] if leaf else [])
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise TrainingError(self._not_finite(float(total), norm))
+        multiple = schedule(self.config.optim, self.done_steps, self.config.steps)
+        self.optimizer.step(multiple)
+        if leaf and self.lookup and leaf.rows.grad is not None:
+            self.lookup.table.update(leaf.unique, leaf.rows.grad, self.config.optim.peak_table_lr * multiple)
+        self.model.balance()
+        return float(total), norm, multiple
+
+    def _due(self, every: int) -> bool:
+        return self.done or (every > 0 and self.done_steps % every == 0)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment, unless there is one."""
+        if self.saved_step == self.done_steps:
+            return
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
+        if self.lookup:
+            parts["table"] = self.lookup.table.state()
+        facts = {**self.identity, "loader": asdict(self.loader_state), "environment": environment(self.config, self.device)}
+        checkpoints.save(
+            self.directory / "checkpoints", self.done_steps, parts, facts, keep=self.config.keep_checkpoints
+        )
+        self.saved_step = self.done_steps
+
+    def _restore(self) -> None:
+        """Take over the newest checkpoint; a run killed before its first one begins again."""
+        newest = checkpoints.latest(self.directory / "checkpoints")
+        if newest is None:
+            return
+        saved = checkpoints.Checkpoint(newest)
+        for name, value in self.identity.items():
+            if saved.facts.get(name) != value:
+                raise MismatchError(f"{newest}: {explain_mismatch(name, saved.facts.get(name), value)}")
+        for name, value in environment(self.config, self.device).items():
+            if saved.facts["environment"].get(name) != value:
+                warnings.warn(
+                    f"{newest} was written with {name} = {saved.facts['environment'].get(name)}, this run has {value}: "
+                    "it goes on, but the last bits may differ from an uninterrupted run's.",
+                    stacklevel=2,
+                )
+        self.model.load_state_dict(saved.part("model"))
+        self.optimizer.load_state(saved.part("optimizer"))
+        if self.lookup:
+            self.lookup.table.load_state(saved.part("table"))
+        self.done_steps = self.saved_step = int(saved.facts["step"])
+        self.loader_state = LoaderState(**saved.facts["loader"])
+
+    def close(self) -> None:
+        """Release the directory and leave the model ready to be used."""
+        self.model.eval()
+        self.metrics.file.close()
+        self.claim.close()
+
+    def _not_finite(self, loss: float, norm: float) -> str:
+        kept = checkpoints.latest(self.directory / "checkpoints")
+        return (
+            f"{self.directory}, step {self.done_steps + 1}: the loss is {loss} and the gradient's norm {norm}; nothing was "
+            f"updated with them. {f'The last good checkpoint is {kept}.' if kept else 'There is no checkpoint yet.'} "
+            "Lower --optim.lr or --optim.table-lr, or try --precision float32."
+        )
 
 
-def train_step(
-    loss_of: Callable[..., Tensor],
-    model: LanguageModel,
-    optimizer: Optimizer,
-    lookup: Lookup | None,
-    batch: Batch,
-    config: TrainConfig,
-    multiple: float,
-) -> tuple[float, float]:
-    """One step; returns the loss (nats a token) and the gradients' norm. Nothing is updated unless both are finite."""
-    leaf: Leaf | None = lookup.leaf(batch.tokens, batch.segments) if lookup else None
-    count = (batch.targets >= 0).sum().clamp_min(1)
-    part = config.batch_size // config.accumulate
-    total = torch.zeros((), device=batch.tokens.device)
-    for first in range(0, len(batch.tokens), part):
-        few = slice(first, first + part)
-        with autocast(config.precision, batch.tokens.device):
-            rows = leaf.expand(first, first + part) if leaf else None
-            losses = loss_of(
-                batch.tokens[few], batch.targets[few], rows, segments=_few(batch.segments, few), reduction="none"
-            ).sum()
-        (losses / count).backward()
-        total += losses.detach()
-    norm = optimizer.clip([leaf.rows] if leaf else [])
-    loss = float(total / count)
-    if math.isfinite(loss) and math.isfinite(norm):
-        optimizer.step(multiple)
-        if leaf and lookup and leaf.rows.grad is not None:
-            lookup.table.update(leaf.unique, leaf.rows.grad, config.optim.lr * config.optim.table_lr * multiple)
-        model.balance()
-    return loss, norm
+def train(training: Training, label: str = "train") -> bool:
+    """Run to the end with a progress bar. On Ctrl-C or SIGTERM, save a checkpoint after the step and return False."""
+    return train_together({label: training})
 
 
-def on(batch: Batch, device: torch.device) -> Batch:
-    """The batch on the device that computes."""
-    return Batch(*(None if tensor is None else tensor.to(device) for tensor in vars(batch).values()))
+def train_together(trainings: dict[str, Training]) -> bool:
+    """Run several to their ends, a step of each in turn, so that they share whatever else the machine is doing."""
+    with interruptible() as stopped, progress_bar() as progress:
+        bars = {
+            label: progress.add_task(label, total=run.config.steps, completed=run.done_steps, loss=math.nan, speed=0.0)
+            for label, run in trainings.items()
+        }
+        speed: dict[str, float] = {}
+        try:
+            while not (stopped() or all(run.done for run in trainings.values())):
+                for label, run in trainings.items():
+                    if not run.done:
+                        line = run.step()
+                        now = line["tokens"] / line["step"] / line["seconds"]
+                        speed[label] = 0.9 * speed.get(label, now) + 0.1 * now
+                        progress.update(bars[label], completed=line["step"], loss=line["loss"], speed=speed[label])
+            if stopped():
+                for run in trainings.values():
+                    run.save()
+        finally:
+            for run in trainings.values():
+                run.close()
+    return all(run.done for run in trainings.values())
 
 
-def _few(segments: Tensor | None, few: slice) -> Tensor | None:
-    return None if segments is None else segments[few]
+def on(batch: Batch, device: torch.device, part: slice = slice(None)) -> Batch:
+    """A batch, or some of its sequences, on the device that computes."""
+    return Batch(*(None if tensor is None else tensor[part].to(device) for tensor in vars(batch).values()))
 
 
 def choose_device(name: str) -> torch.device:
@@ -230,24 +290,6 @@ def start_directory(directory: Path, config: TrainConfig) -> None:
     (directory / "config.json").write_text(configs.to_json(config), encoding="utf-8")
 
 
-def restore(
-    directory: Path, model: LanguageModel, optimizer: Optimizer, lookup: Lookup | None, identity: dict[str, Any]
-) -> tuple[int, LoaderState]:
-    """Load the newest checkpoint into model, optimizer and table; the step it was taken after, and the loader's state."""
-    newest = checkpoints.latest(directory / "checkpoints")
-    if newest is None:  # killed before its first checkpoint: nothing is lost by starting again
-        return 0, LoaderState()
-    saved = checkpoints.Checkpoint(newest)
-    for name, value in identity.items():
-        if saved.facts.get(name) != value:
-            raise MismatchError(f"{newest}: {explain_mismatch(name, saved.facts.get(name), value)}")
-    model.load_state_dict(saved.part("model"))
-    optimizer.load_state(saved.part("optimizer"))
-    if lookup:
-        lookup.table.load_state(saved.part("table"))
-    return int(saved.facts["step"]), LoaderState(**saved.facts["loader"])
-
-
 def explain_mismatch(name: str, saved: Any, given: Any) -> str:
     """Say which setting differs and what would have happened."""
     if name == "config":
@@ -268,16 +310,6 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield path, old, new
-
-
-def not_finite(directory: Path, step: int, loss: float, norm: float) -> str:
-    """The message for a run that stops because of a NaN or infinity."""
-    kept = checkpoints.latest(directory / "checkpoints")
-    return (
-        f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; nothing was updated with them. "
-        + (f"The last good checkpoint is {kept}." if kept else "There is no checkpoint yet.")
-        + " Lower --optim.lr or --optim.table-lr, or try --precision float32."
-    )
 
 
 class Metrics:
@@ -327,17 +359,6 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def shown(progress: Progress | None, label: str, steps: int, done: int) -> Iterator[Callable[[int, float, float], None]]:
-    """A progress bar: step, loss, tokens a second and time left. Give `progress` to join one that is shown already."""
-    if progress is None:
-        with progress_bar() as progress, shown(progress, label, steps, done) as show:
-            yield show
-        return
-    task = progress.add_task(label, total=steps, completed=done, loss=math.nan, speed=0.0)
-    yield lambda step, loss, speed: progress.update(task, completed=step, loss=loss, speed=speed)
 
 
 def progress_bar() -> Progress:

@@ -47,6 +47,11 @@ class OptimConfig:
         if len(self.betas) != 2:
             raise ConfigError(f"optim.betas are two numbers, got {self.betas}.")
 
+    @property
+    def peak_table_lr(self) -> float:
+        """Peak learning rate of memory rows."""
+        return self.lr * self.table_lr
+
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:
     """Multiple of the peak learning rate in step `step` of `steps`: up, level, down."""
@@ -71,13 +76,13 @@ PARAMETER_TABLE = (
     Rule("embedding.weight", "adamw"),
     Rule("head.weight", "adamw"),
     Rule("*norm.weight", "adamw"),
-    Rule("*_gain", "adamw"),
-    Rule("*.conv_weight", "adamw"),
-    Rule("*.bias", "adamw"),
-    Rule("*.mix.*", "adamw"),  # hyper-connections: small matrices around the identity
+    Rule("*_connection.*", "adamw"),  # hyper-connections: small matrices around the identity
     Rule("*.router.weight", "adamw"),
+    Rule("*.memory.*_gain", "adamw"),
+    Rule("*.memory.conv_weight", "adamw"),
+    Rule("*.bias", "adamw"),
+    *(Rule(f"*.ffn.{part}", "muon", weight_decay=1.0) for part in ("gate", "up", "down")),  # [experts, out, in]
     Rule("*.weight", "muon", weight_decay=1.0),
-    Rule("*.experts.*", "muon", weight_decay=1.0),  # [experts, out, in]: one matrix an expert
 )
 
 

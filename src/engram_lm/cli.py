@@ -1,0 +1,278 @@
+"""The command line: the only file that knows everyone. Each command is a dataclass of its options and a `run`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional
+
+from . import __version__, config as configs
+from .errors import DataError, EngramError
+from .model.presets import PRESETS, get_preset
+from .train.loop import TrainConfig
+
+DESCRIPTION = """engram-lm: conditional memory for language models.
+
+  engram-lm quickstart                      what a memory does, in minutes and without a download
+  engram-lm train tiny --data texts/        train a model with a memory on your own text
+  engram-lm eval runs/train                 its loss on held-out text, with the uncertainty
+  engram-lm generate runs/train             let it write
+  engram-lm count engram-27b                parameters, FLOPs and bytes of a preset
+
+`engram-lm COMMAND --help` explains a command."""
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """See what a memory does, in a few minutes and without a download: two experiments and one report.
+
+    Act one trains three small models side by side on the same text: without a memory, with a memory of a single row
+    (the control), and with a memory. Act two has them learn made-up people. The report explains what you see.
+    """
+
+    data: str = ""
+    """Text to learn: .txt, .md, .py, .jsonl[.gz|.xz|.zst], .parquet, a directory of such, or hf:DATASET[:SPLIT].
+    Default: the source of Python's standard library."""
+    budget: Literal["short", "standard", "long"] = "standard"
+    """How long to train: about a minute, a few minutes, or half an hour on two cores."""
+    out: Path = Path("runs/quickstart")
+    """Directory of the run; the report is OUT/report.html. The same command goes on with an interrupted one."""
+    seed: int = 0
+    """Seed of weights, batches and people."""
+
+    def run(self, console: Console) -> int:
+        """Train, measure, write the report."""
+        from .quickstart import BUDGETS, quickstart
+
+        path = quickstart(self.data, BUDGETS[self.budget], self.out, self.seed, console)
+        if path is None:
+            return 130
+        console.print(f"\nReport: [bold]{path}[/bold] (open it in a browser)")
+        return 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model; every setting of the preset or configuration file can be overridden by its dotted name.
+
+    The run directory holds config.json, metrics.jsonl and checkpoints. Killed at any moment, it goes on bit-identically:
+    engram-lm train --resume --out DIR
+    """
+
+    config: OmitArgPrefixes[TrainConfig]
+    data: str = ""
+    """Text to learn: .txt, .md, .py, .jsonl[.gz|.xz|.zst], .parquet, a directory of such, or hf:DATASET[:SPLIT]."""
+    tokenizer: str = ""
+    """tokenizer.json, a directory that holds one, or a hub name. Default: train a byte-level BPE on the text."""
+    out: Path = Path("runs/train")
+    """Run directory."""
+    resume: bool = False
+    """Go on with the run in OUT."""
+
+    def run(self, console: Console) -> int:
+        """Prepare the text, train, and print the last evaluation."""
+        from .evaluate.loss import bytes_of_tokens, measure
+        from .train.loader import Loader, windows
+        from .train.loop import Training, train
+        from .train.run import build_lookup, fit_vocabulary, prepare_text
+        from .train.tokenizer import tokenizer_digest
+
+        data, tokenizer = prepare_text(
+            self.data, self.out, tokenizer=self.tokenizer, vocab_size=self.config.model.vocab_size, say=console.print
+        )
+        config = fit_vocabulary(self.config, tokenizer)
+        token_bytes = bytes_of_tokens(tokenizer)
+
+        def evaluate(model, lookup):  # type: ignore[no-untyped-def]
+            losses = measure(model, lookup, windows(data.val, config.batch_size, config.length, 256), token_bytes)
+            return {"val_loss": losses.mean, "val_interval": losses.interval, "bits_per_byte": losses.bits_per_byte}
+
+        training = Training(
+            config,
+            self.out,
+            Loader(data.train, config.batch_size, config.length, config.seed),
+            build_lookup(config.model, tokenizer),
+            evaluate=evaluate,
+            facts={"tokenizer_digest": tokenizer_digest(tokenizer), "text": data.meta.train.tokens_crc32},
+            resume=self.resume,
+        )
+        if not train(training, label=self.out.name):
+            console.print(f"Stopped and saved. Go on with: engram-lm train --resume --out {self.out}")
+            return 130
+        last = next(line for line in reversed(training.metrics.lines) if "val_loss" in line)
+        console.print(
+            f"val loss {last['val_loss']:.4f} ± {last['val_interval']:.4f} nats a token, {last['bits_per_byte']:.4f} bits a byte"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained model's loss on its held-out text, or on other text, with a 95 % interval over documents."""
+
+    directory: Positional[Path]
+    """Run directory."""
+    data: str = ""
+    """Other text to measure on, all of it. Default: the documents that training held out."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def run(self, console: Console) -> int:
+        """Load, measure, print."""
+        from tempfile import TemporaryDirectory
+
+        from .evaluate.loss import bytes_of_tokens, measure
+        from .train.loader import windows
+        from .train.precision import autocast
+        from .train.run import beside, load_run
+        from .train.shards import open_shards, write_shards
+        from .train.sources import read_documents
+
+        trained = load_run(self.directory, self.device)
+        with TemporaryDirectory() as scratch:
+            if self.data:
+                documents = read_documents(self.data)
+                split = write_shards(documents, trained.tokenizer, scratch, source=self.data, held_out=0.5)
+                splits = [split.train, split.val]
+            else:
+                splits = [open_shards(beside(self.directory, "shards")).val]
+            config = trained.config
+            with autocast(config.precision, trained.device):
+                losses = [
+                    measure(
+                        trained.model,
+                        trained.lookup,
+                        windows(split, config.batch_size, config.length),
+                        bytes_of_tokens(trained.tokenizer),
+                    )
+                    for split in splits
+                ]
+        both = sum(losses[1:], start=losses[0])
+        console.print(
+            f"step {trained.step}: {both.mean:.4f} ± {both.interval:.4f} nats a token, {both.bits_per_byte:.4f} bits a byte "
+            f"({int(both.tokens.sum()):,} tokens, {len(both.tokens):,} documents)"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Let a trained model continue a prompt, token by token as they are drawn."""
+
+    directory: Positional[Path]
+    """Run directory."""
+    prompt: str = ""
+    """Text to continue. Default: the beginning of a document."""
+    max_new_tokens: int = 200
+    """Longest continuation."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_k: int = 40
+    """Draw from so many likeliest tokens; 0 for all."""
+    seed: int = 0
+    """Seed of the draw."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def run(self, console: Console) -> int:
+        """Load, generate, print."""
+        import torch
+
+        from .generate import generate
+        from .train.run import load_run
+        from .train.tokenizer import separator_id
+
+        trained = load_run(self.directory, self.device)
+        separator = separator_id(trained.tokenizer)
+        ids = [separator, *trained.tokenizer.encode(self.prompt, add_special_tokens=False).ids]
+        shown: list[int] = []
+
+        def show(token: torch.Tensor) -> None:
+            """Print what the new token adds to the text, once its characters are whole."""
+            before = trained.tokenizer.decode(shown)
+            text = trained.tokenizer.decode([*shown, int(token[0])])
+            shown.append(int(token[0]))
+            if not text.endswith("\ufffd"):
+                sys.stdout.write(text[len(before.rstrip("\ufffd")) :])
+                sys.stdout.flush()
+
+        sys.stdout.write(self.prompt)
+        generate(
+            trained.model,
+            trained.lookup,
+            torch.tensor([ids], device=trained.device),
+            self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+            end_id=separator,
+            on_token=show,
+        )
+        sys.stdout.write("\n")
+        return 0
+
+
+@dataclass(frozen=True)
+class Count:
+    """Count a model on paper (no weights are made): parameters, FLOPs a token, table bytes read a token."""
+
+    model: Positional[str]
+    """Preset or configuration file."""
+    context: int = 4096
+    """Tokens that attention's cost is counted at."""
+
+    def run(self, console: Console) -> int:
+        """Count and print."""
+        from .model.count import count
+
+        console.print(count(load_config(self.model).model, context=self.context))
+        return 0
+
+
+def load_config(name: str) -> TrainConfig:
+    """A preset's training configuration, or the one in a file."""
+    if name.endswith(".json"):
+        return configs.load(TrainConfig, name)
+    return TrainConfig(model=get_preset(name))
+
+
+def parse(arguments: Sequence[str]) -> Quickstart | Train | Evaluate | Generate | Count:
+    """The command and its options.
+
+    `train` takes a preset or a file first, which becomes the default that dotted options override; with --resume and
+    neither, the run directory's own configuration.
+    """
+    arguments = list(arguments)
+    base = TrainConfig(model=get_preset("tiny"))
+    if arguments[:1] == ["train"]:
+        if len(arguments) > 1 and not arguments[1].startswith("-"):
+            base = load_config(arguments.pop(1))
+        elif "--resume" in arguments and "--out" in arguments[:-1]:
+            base = configs.load(TrainConfig, Path(arguments[arguments.index("--out") + 1]) / "config.json")
+        elif "--help" not in arguments and "-h" not in arguments:
+            raise DataError(f"train what? Name a preset ({', '.join(PRESETS)}) or a configuration file: engram-lm train tiny")
+    commands = {
+        "quickstart": Quickstart,
+        "train": Train,
+        "eval": Evaluate,
+        "generate": Generate,
+        "count": Count,
+    }
+    return tyro.extras.subcommand_cli_from_dict(commands, defaults=None, args=arguments, prog="engram-lm")
+
+
+def main() -> None:
+    """Entry point of `engram-lm`."""
+    console = Console()
+    try:
+        command = parse(sys.argv[1:])
+        sys.exit(command.run(console))
+    except EngramError as error:
+        console.print(f"[bold red]Error:[/bold red] {error}", highlight=False)
+        sys.exit(1)

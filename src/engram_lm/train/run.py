@@ -1,0 +1,124 @@
+"""From text to a run directory, and from a run directory back to a model.
+
+    DIRECTORY/
+      tokenizer.json   shards/         the text's tokenizer and tokens (here or one directory up, shared by sibling runs)
+      config.json      metrics.jsonl   everything needed to run it again; a line a step or evaluation
+      checkpoints/step-000400/         model, optimizer, table, manifest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from .. import config as configs
+from ..errors import CheckpointError, DataError, MismatchError
+from ..model.lm import LanguageModel, ModelConfig
+from ..model.lookup import Lookup, build_plan, build_vocabulary
+from ..tables import DeviceTable
+from . import checkpoint as checkpoints
+from .loop import TrainConfig, choose_device
+from .shards import TokenData, open_shards, write_shards
+from .sources import read_documents
+from .tokenizer import id_limit, load_tokenizer, tokenizer_digest, train_tokenizer
+
+
+def prepare_text(
+    source: str,
+    directory: Path,
+    *,
+    tokenizer: str = "",
+    vocab_size: int = 4096,
+    held_out: float = 0.03,
+    say: Callable[[str], None] = print,
+) -> tuple[TokenData, Tokenizer]:
+    """Tokenizer and token shards of a text source in `directory`, made unless an earlier start left them there.
+
+    tokenizer: a file, directory or hub name; "" trains a byte-level BPE of `vocab_size` on every fourth document.
+    Raises DataError when `directory` holds the tokens of another source.
+    """
+    kept = directory / "tokenizer.json"
+    if kept.exists() and (directory / "shards" / "meta.json").exists():
+        found = load_tokenizer(kept)
+        data = open_shards(directory / "shards", tokenizer_digest(found))
+        if source and data.meta.source != source:
+            raise DataError(f"{directory} holds the tokens of {data.meta.source}, not of {source}; choose another --out.")
+        return data, found
+    if not source:
+        raise DataError(f"{directory} holds no text yet: name a source with --data.")
+    directory.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        found = load_tokenizer(tokenizer)
+    else:
+        say(f"Training a tokenizer of {vocab_size:,} tokens on {source}")
+        few = list(islice(read_documents(source), 0, None, 4))
+        found = train_tokenizer((document.text for document in few), vocab_size)
+    skipped: list[str] = []
+    say(f"Tokenizing {source}")
+    data = write_shards(read_documents(source, skipped), found, directory / "shards", source=source, held_out=held_out)
+    if skipped:
+        say(f"Skipped {len(skipped)} files without usable text, the first: {skipped[0]}")
+    found.save(str(kept))
+    return data, found
+
+
+def build_lookup(model: ModelConfig, tokenizer: Tokenizer, device: torch.device | str = "cpu") -> Lookup | None:
+    """Vocabulary, plan and an empty table for a model's memory; None for a model without one."""
+    if model.memory is None:
+        return None
+    vocabulary = build_vocabulary(model.memory.hash, tokenizer)
+    plan = build_plan(model.memory.hash, vocabulary)
+    return Lookup(vocabulary, plan, DeviceTable(plan.num_rows, model.memory.engram.row_dim, device=device))
+
+
+def fit_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """The configuration with an embedding row for every token id."""
+    return replace(config, model=replace(config.model, vocab_size=id_limit(tokenizer)))
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model as its newest checkpoint left it, ready to evaluate or generate."""
+
+    config: TrainConfig
+    model: LanguageModel
+    lookup: Lookup | None
+    tokenizer: Tokenizer
+    device: torch.device
+    step: int
+
+
+def load_run(directory: Path, device: str = "auto") -> TrainedModel:
+    """Load a run directory's newest checkpoint.
+
+    Raises CheckpointError when there is none or it is damaged, and MismatchError when the tokenizer beside it is another one.
+    """
+    newest = checkpoints.latest(directory / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"{directory} holds no checkpoint: it is not a run directory, or the run has not saved one yet.")
+    saved = checkpoints.Checkpoint(newest)
+    config = configs.from_dict(TrainConfig, saved.facts["config"], str(newest))
+    tokenizer = load_tokenizer(beside(directory, "tokenizer.json"))
+    if saved.facts.get("tokenizer_digest") != tokenizer_digest(tokenizer):
+        raise MismatchError(
+            f"{newest} was trained with tokenizer {saved.facts.get('tokenizer_digest')}, the one beside it is "
+            f"{tokenizer_digest(tokenizer)}: every token would mean another string."
+        )
+    where = choose_device(device)
+    model = LanguageModel.build(config.model, device=where)
+    model.load_state_dict(saved.part("model"))
+    lookup = build_lookup(config.model, tokenizer, where)
+    if lookup:
+        lookup.table.load_state(saved.part("table"))
+    return TrainedModel(config, model.eval(), lookup, tokenizer, where, int(saved.facts["step"]))
+
+
+def beside(directory: Path, name: str) -> Path:
+    """A file of a run: in its own directory or, shared with sibling runs, one above."""
+    own = directory / name
+    return own if own.exists() else directory.parent / name
