@@ -43,8 +43,8 @@ def from_dict(cls: type[T], data: Any, where: str = "config") -> T:
     values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     try:
         return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}.") from None
+    except (TypeError, ConfigError) as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -94,8 +94,8 @@ def load(cls: type[T], path: str | Path) -> T:
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(f"{path}: not a JSON file ({error}).") from None
     return from_dict(cls, data, where=str(path))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .model.lm import LanguageModel, ModelState
 from .model.lookup import Lookup
 
@@ -57,9 +57,18 @@ def generate(
 
     temperature 0 takes the likeliest token, otherwise one is drawn (reproducibly by `seed`) from the `top_k` likeliest,
     or from all for 0. Stops when every sequence has produced `end_id`. `on_token` is handed each new token [B].
+
+    Raises ConfigError for a negative temperature or top_k, DataError for a prompt without tokens or with unknown ones.
     """
+    if temperature < 0 or top_k < 0:
+        raise ConfigError(f"temperature {temperature} and top_k {top_k} must be at least 0.")
     if prompt.shape[1] == 0:
         raise DataError("the prompt has no tokens: there is nothing to continue. Begin with <|endoftext|> to start freely.")
+    if not 0 <= int(prompt.min()) <= int(prompt.max()) < model.config.vocab_size:
+        raise DataError(
+            f"the prompt's token ids run from {int(prompt.min())} to {int(prompt.max())}, but the model knows "
+            f"{model.config.vocab_size}: it was made by another tokenizer."
+        )
     model.eval()
     generator = torch.Generator(prompt.device).manual_seed(seed)
     logits, state = advance(model, lookup, prompt)

@@ -138,25 +138,30 @@ class Engram(nn.Module):
         return keys.unflatten(-1, (self.streams, self.dim)), value
 
     def _gate(self, hidden: Tensor, keys: Tensor) -> Tensor:
-        """[B, T, M]; equation 4, and the demo's squashing of the score."""
-        query = self._norm(hidden.to(keys.dtype), self.query_gain, self.config.norm_eps)
-        score = (query * self._norm(keys, self.key_gain, self.config.norm_eps)).sum(-1) / math.sqrt(self.dim)
+        """[B, T, M]; equation 4, and the demo's squashing of the score.
+
+        The two RMSNorms only scale, so they are applied to the product (as V4.1 does): half the passes over [B, T, M, D].
+        """
+        query, eps = hidden.to(keys.dtype), self.config.norm_eps
+        product = (query * keys * (self._gain(self.query_gain) * self._gain(self.key_gain))).sum(-1)
+        scale = (query.square().mean(-1) + eps).rsqrt() * (keys.square().mean(-1) + eps).rsqrt()
+        score = product * scale / math.sqrt(self.dim)
         if self.config.gate == "signed_sqrt":
             score = score.abs().clamp_min(1e-6).sqrt() * score.sign()
         elif self.config.gate == "copysign_sqrt":
             score = torch.copysign(score.abs().clamp_min(1e-6).sqrt(), score)
         return score.sigmoid()
 
-    def _norm(self, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """RMSNorm over the last axis with a gain for each stream."""
-        return F.rms_norm(x, (self.dim,), eps=eps) * (gain + 1.0 if self.config.zero_centered else gain)
+    def _gain(self, gain: Tensor) -> Tensor:
+        """A norm's gain as a factor."""
+        return gain + 1.0 if self.config.zero_centered else gain
 
     def _short_conv(
         self, x: Tensor, state: ConvState | None, segments: Tensor | None, with_state: bool
     ) -> tuple[Tensor, ConvState | None]:
         """SiLU of the depthwise causal convolution; [B, T, M, D] -> [B, T, M, D]."""
         length, tail = x.shape[1], self.config.tail
-        normed = self._norm(x, self.conv_gain, self.config.conv_norm_eps)
+        normed = F.rms_norm(x, (self.dim,), eps=self.config.conv_norm_eps) * self._gain(self.conv_gain)
         if state is None:
             past = F.pad(normed, (0, 0, 0, 0, tail, 0))
             documents = None if segments is None else F.pad(segments.long(), (tail, 0))
@@ -173,7 +178,7 @@ class Engram(nn.Module):
             if documents is not None:
                 same = documents[:, first : first + length] == documents[:, tail:]
                 shifted = shifted * same[:, :, None, None]
-            total = total + shifted * self.conv_weight[tap]
+            total = torch.addcmul(total, shifted, self.conv_weight[tap])
 
         if state is None and not with_state:
             return F.silu(total), None

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..errors import MismatchError
 from ..model.lm import LanguageModel
 from ..model.lookup import Lookup
-from ..train.loader import Batch
 from ..tokens import piece_bytes
+from ..train.loader import Batch
+from ..train.loop import on
 
 NORMAL_95 = 1.959964
 
@@ -70,8 +71,9 @@ def measure(
     model: LanguageModel, lookup: Lookup | None, batches: Iterable[Batch], token_bytes: Tensor
 ) -> Losses:
     """Losses of a model on evaluation batches (`windows` of a split). token_bytes: [V], see `bytes_of_tokens`."""
+    device = model.embedding.weight.device
     nats, tokens, sizes = (np.zeros(0) for _ in range(3))
-    for batch in batches:
+    for batch in (on(batch, device) for batch in batches):
         rows = lookup.rows(batch.tokens, segments=batch.segments)[0] if lookup else None
         losses = model.loss(batch.tokens, batch.targets, rows, segments=batch.segments, reduction="none")
         assert batch.segments is not None
@@ -95,7 +97,7 @@ def _add(total: np.ndarray, more: np.ndarray) -> np.ndarray:
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> Tensor:
     """[V] float64: bytes of text that each token of a byte-level tokenizer stands for; 0 for special tokens."""
-    special = set(tokenizer.get_added_tokens_decoder())
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     pieces = [tokenizer.id_to_token(token) or "" for token in range(tokenizer.get_vocab_size())]
     sizes = [0 if token in special else len(piece_bytes(piece)) for token, piece in enumerate(pieces)]
     return torch.tensor(sizes, dtype=torch.float64)

@@ -79,7 +79,8 @@ def address_digest(vocabulary: CanonicalVocabulary, plan: HashPlan) -> str:
 
 def build_plan(config: HashConfig, vocabulary: CanonicalVocabulary) -> HashPlan:
     """The plan of a configuration whose pad is a token id of the vocabulary's tokenizer."""
-    pad = config.pad_id if config.pad_id >= len(vocabulary.lookup) else int(vocabulary.lookup[config.pad_id])
+    known = 0 <= config.pad_id < len(vocabulary.lookup)  # build refuses others
+    pad = int(vocabulary.lookup[config.pad_id]) if known else config.pad_id
     return HashPlan.build(config, vocab_size=vocabulary.size, pad=pad)
 
 

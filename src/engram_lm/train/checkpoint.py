@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: written aside, synced, then renamed. A manifest holds every file's checksum.
 
-    checkpoints/step-000400/  model.safetensors  optimizer.safetensors  table.safetensors  manifest.json
+    checkpoints/step-000400/  model.safetensors  optimizer.safetensors  table.safetensors  facts.json  manifest.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-MANIFEST = "manifest.json"
+FACTS, MANIFEST = "facts.json", "manifest.json"
 
 
 def save(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int = 2) -> Path:
@@ -30,15 +30,18 @@ def save(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], facts:
     final = directory / f"step-{step:06d}"
     partial = directory / f"{final.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in directory.glob("step-*.partial"):  # of a run that was killed
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         for name, tensors in parts.items():
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
+        (partial / FACTS).write_text(json.dumps({"step": step, **facts}, indent=1), encoding="utf-8")
         files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, **facts, "files": files}, indent=1), encoding="utf-8")
+        (partial / MANIFEST).write_text(json.dumps(files, separators=(",", ":")), encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             sync(path)
-        shutil.rmtree(final, ignore_errors=True)  # a corrupt one of the same step, if any
+        if final.exists():  # a damaged one of the same step
+            discard(final)
         partial.rename(final)
         sync(directory)
     except (OSError, SafetensorError) as error:
@@ -49,14 +52,20 @@ def save(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], facts:
             + (f"The checkpoint before it, {kept.name}, is intact." if kept else "There is no earlier checkpoint.")
         ) from None
     for old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+        discard(old)
     return final
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; renamed first, so that a kill leaves no half of one that looks whole."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(".old.partial")), ignore_errors=True)
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in directory.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    steps = {path: path.name.removeprefix("step-") for path in directory.glob("step-*")}
+    found = [path for path, step in steps.items() if step.isdecimal() and (path / MANIFEST).exists()]
+    return sorted(found, key=lambda path: int(steps[path]))
 
 
 def latest(directory: Path) -> Path | None:
@@ -65,7 +74,7 @@ def latest(directory: Path) -> Path | None:
 
 
 class Checkpoint:
-    """A checkpoint on disk, verified on opening: `facts` from the manifest, and parts by name.
+    """A checkpoint on disk, verified on opening: its `facts`, and parts by name.
 
     Raises CheckpointError naming the file that is missing, truncated or altered.
     """
@@ -73,27 +82,31 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.facts: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            files: dict[str, str] = self.facts["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path / MANIFEST}: not a checkpoint's manifest ({error}).{self._advice()}") from None
+            files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if not isinstance(files, dict) or FACTS not in files:
+                raise ValueError(f"it does not name {FACTS}")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path / MANIFEST}: not a checkpoint's manifest ({error}).{self._advice()}"
+            ) from None
         for name, expected in files.items():
             found = checksum(path / name) if (path / name).is_file() else "no file"
             if found != expected:
                 raise CheckpointError(
-                    f"{path / name}: its checksum is {found[:12]}, the manifest says {expected[:12]}: the file was truncated "
-                    f"or altered, and training would have gone on from other weights.{self._advice()}"
+                    f"{path / name}: its checksum is {found[:12]}, the manifest says {str(expected)[:12]}: the file was "
+                    f"truncated or altered, and training would have gone on from other weights.{self._advice()}"
                 )
+        self.facts: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one part."""
         return load_file(self.path / f"{name}.safetensors")
 
     def _advice(self) -> str:
-        earlier = [path for path in checkpoints(self.path.parent) if path.name < self.path.name]
-        if not earlier:
-            return " There is no earlier checkpoint."
-        return f" Remove {self.path} to go on from {earlier[-1].name}."
+        others = [path for path in checkpoints(self.path.parent) if path != self.path]
+        if not others:
+            return " There is no other checkpoint."
+        return f" Remove {self.path} to go on from {others[-1].name}."
 
 
 def checksum(path: Path) -> str:
@@ -111,16 +124,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def claim(directory: Path) -> TextIO:
-    """Hold a run directory until the returned file is closed or the process ends, however it ends.
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file's text, whole or not at all, however the process ends. Raises CheckpointError."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error}); what it held before is intact.") from None
 
-    Raises CheckpointError while another process holds it.
+
+def claim(directory: Path) -> TextIO:
+    """Hold a run directory, made if need be, until the returned file is closed or the process ends, however it ends.
+
+    Raises CheckpointError while another process holds it, or when it cannot be written to.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = (directory / "lock").open("a+", encoding="utf-8")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot hold a run ({error}): nothing could be saved there.") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()

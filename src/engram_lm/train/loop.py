@@ -59,6 +59,9 @@ class TrainConfig:
         for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("seed", "eval_every", "checkpoint_every", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"batch_size {self.batch_size} cannot be computed in {self.accumulate} equal parts.")
 
@@ -110,10 +113,11 @@ class Training:
         try:
             self.model = LanguageModel.build(config.model, seed=config.seed, device=self.device)
             self.optimizer = Optimizer(self.model, config.optim)
-            if resume and (directory / "config.json").exists():
-                self._restore()
-            else:
-                start_directory(directory, config)
+            newest = checkpoints.latest(directory / "checkpoints")
+            if resume and newest:
+                self._restore(newest)
+            else:  # a run killed before its first checkpoint begins again
+                start_directory(directory, config, again=resume)
             self.metrics = Metrics(directory / "metrics.jsonl", after=self.done_steps)
         except BaseException:
             self.claim.close()
@@ -185,11 +189,8 @@ class Training:
         )
         self.saved_step = self.done_steps
 
-    def _restore(self) -> None:
-        """Take over the newest checkpoint; a run killed before its first one begins again."""
-        newest = checkpoints.latest(self.directory / "checkpoints")
-        if newest is None:
-            return
+    def _restore(self, newest: Path) -> None:
+        """Take over a checkpoint of the same run."""
         saved = checkpoints.Checkpoint(newest)
         for name, value in self.identity.items():
             if saved.facts.get(name) != value:
@@ -211,7 +212,6 @@ class Training:
     def close(self) -> None:
         """Release the directory and leave the model ready to be used."""
         self.model.eval()
-        self.metrics.file.close()
         self.claim.close()
 
     def _not_finite(self, loss: float, norm: float) -> str:
@@ -259,10 +259,13 @@ def on(batch: Batch, device: torch.device, part: slice = slice(None)) -> Batch:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one."""
+    """`auto` is a GPU where there is one. Raises ConfigError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch's, for a name and for a build without CUDA
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def environment(config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -280,14 +283,14 @@ def environment(config: TrainConfig, device: torch.device) -> dict[str, Any]:
 # --- run directory --------------------------------------------------------------------------------------------------
 
 
-def start_directory(directory: Path, config: TrainConfig) -> None:
-    """Write config.json into a directory that holds no run yet."""
-    if (directory / "config.json").exists():
+def start_directory(directory: Path, config: TrainConfig, again: bool = False) -> None:
+    """Write config.json into a directory that holds no run yet, or one that shall begin `again`."""
+    if not again and ((directory / "config.json").exists() or (directory / "checkpoints").exists()):
         raise CheckpointError(
             f"{directory} already holds a run, which would be overwritten. Add --resume to go on with it, or choose another "
             "directory with --out."
         )
-    (directory / "config.json").write_text(configs.to_json(config), encoding="utf-8")
+    checkpoints.write_whole(directory / "config.json", configs.to_json(config))
 
 
 def explain_mismatch(name: str, saved: Any, given: Any) -> str:
@@ -316,17 +319,20 @@ class Metrics:
     """metrics.jsonl: a line a step or evaluation. On resume, lines after the checkpoint are dropped; they come again."""
 
     def __init__(self, path: Path, after: int) -> None:
+        self.path = path
         self.lines = [line for line in read_metrics(path) if line["step"] <= after]
-        kept = path.with_suffix(".partial")  # renamed into place, so that a kill here loses no line
-        kept.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        kept.replace(path)
-        self.file = path.open("a", encoding="utf-8")
+        checkpoints.write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, **values: Any) -> None:
-        """Append a line and hand it to the operating system."""
+        """Append a line and hand it to the operating system. Raises CheckpointError when the disk is full."""
         self.lines.append(values)
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be written ({error}). Checkpoints are intact; make room and go on with --resume."
+            ) from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

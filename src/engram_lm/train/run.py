@@ -3,7 +3,7 @@
     DIRECTORY/
       tokenizer.json   shards/         the text's tokenizer and tokens (here or one directory up, shared by sibling runs)
       config.json      metrics.jsonl   everything needed to run it again; a line a step or evaluation
-      checkpoints/step-000400/         model, optimizer, table, manifest
+      checkpoints/step-000400/         model, optimizer, table; their facts and checksums
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..model.lm import LanguageModel, ModelConfig
 from ..model.lookup import Lookup, build_plan, build_vocabulary
 from ..tables import DeviceTable
 from . import checkpoint as checkpoints
-from .loop import TrainConfig, choose_device
+from .loop import TrainConfig, choose_device, explain_mismatch
 from .shards import TokenData, open_shards, write_shards
 from .sources import read_documents
 from .tokenizer import id_limit, load_tokenizer, tokenizer_digest, train_tokenizer
@@ -40,7 +40,7 @@ def prepare_text(
     """Tokenizer and token shards of a text source in `directory`, made unless an earlier start left them there.
 
     tokenizer: a file, directory or hub name; "" trains a byte-level BPE of `vocab_size` on every fourth document.
-    Raises DataError when `directory` holds the tokens of another source.
+    Raises DataError when `directory` holds the tokens of another source, MismatchError when another tokenizer made them.
     """
     kept = directory / "tokenizer.json"
     if kept.exists() and (directory / "shards" / "meta.json").exists():
@@ -48,10 +48,11 @@ def prepare_text(
         data = open_shards(directory / "shards", tokenizer_digest(found))
         if source and data.meta.source != source:
             raise DataError(f"{directory} holds the tokens of {data.meta.source}, not of {source}; choose another --out.")
+        if tokenizer and tokenizer_digest(load_tokenizer(tokenizer)) != data.meta.tokenizer:
+            raise MismatchError(f"{directory} holds tokens of another tokenizer than {tokenizer}; choose another --out.")
         return data, found
     if not source:
         raise DataError(f"{directory} holds no text yet: name a source with --data.")
-    directory.mkdir(parents=True, exist_ok=True)
     if tokenizer:
         found = load_tokenizer(tokenizer)
     else:
@@ -63,7 +64,7 @@ def prepare_text(
     data = write_shards(read_documents(source, skipped), found, directory / "shards", source=source, held_out=held_out)
     if skipped:
         say(f"Skipped {len(skipped)} files without usable text, the first: {skipped[0]}")
-    found.save(str(kept))
+    checkpoints.write_whole(kept, found.to_str(pretty=True))
     return data, found
 
 
@@ -96,14 +97,18 @@ class TrainedModel:
 def load_run(directory: Path, device: str = "auto") -> TrainedModel:
     """Load a run directory's newest checkpoint.
 
-    Raises CheckpointError when there is none or it is damaged, and MismatchError when the tokenizer beside it is another one.
+    Raises CheckpointError when there is none or it is damaged, and MismatchError when the tokenizer beside it is another one
+    or sends n-grams to other rows.
     """
     newest = checkpoints.latest(directory / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{directory} holds no checkpoint: it is not a run directory, or the run has not saved one yet.")
     saved = checkpoints.Checkpoint(newest)
     config = configs.from_dict(TrainConfig, saved.facts["config"], str(newest))
-    tokenizer = load_tokenizer(beside(directory, "tokenizer.json"))
+    path = beside(directory, "tokenizer.json")
+    if not path.exists():
+        raise CheckpointError(f"{directory} holds a run without a tokenizer.json: its tokens could not be told from text.")
+    tokenizer = load_tokenizer(path)
     if saved.facts.get("tokenizer_digest") != tokenizer_digest(tokenizer):
         raise MismatchError(
             f"{newest} was trained with tokenizer {saved.facts.get('tokenizer_digest')}, the one beside it is "
@@ -114,6 +119,8 @@ def load_run(directory: Path, device: str = "auto") -> TrainedModel:
     model.load_state_dict(saved.part("model"))
     lookup = build_lookup(config.model, tokenizer, where)
     if lookup:
+        if saved.facts["address_digest"] != lookup.digest:
+            raise MismatchError(f"{newest}: {explain_mismatch('address_digest', saved.facts['address_digest'], lookup.digest)}")
         lookup.table.load_state(saved.part("table"))
     return TrainedModel(config, model.eval(), lookup, tokenizer, where, int(saved.facts["step"]))
 

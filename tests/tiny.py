@@ -1,0 +1,125 @@
+"""The smallest models, texts and runs that still have every part."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lm.hashing import HashConfig
+from engram_lm.memory import EngramConfig
+from engram_lm.model import AttentionConfig, LanguageModel, MemoryConfig, ModelConfig, MoEConfig
+from engram_lm.model.lookup import Lookup, build_plan
+from engram_lm.tables import DeviceTable
+from engram_lm.tokens import CanonicalVocabulary
+from engram_lm.train.checkpoint import Checkpoint, latest
+from engram_lm.train.loader import Loader
+from engram_lm.train.loop import TrainConfig, Training, read_metrics
+from engram_lm.train.shards import Split
+
+VOCABULARY = 48
+BASE = ModelConfig(VOCABULARY, dim=16, layers=2, attention=AttentionConfig("gqa", 2, 1, 8), ffn_width=24)
+HASH = HashConfig(orders=(2, 3), heads=2, rows_per_head=97, layers=(1,), pad_id=0)
+ENGRAM = replace(BASE, memory=MemoryConfig(HASH, EngramConfig(row_dim=4, conv_dilation=3)))
+EVERYTHING = replace(
+    ENGRAM,
+    attention=AttentionConfig("mla", heads=2, nope_dim=4, rope_dim=4, value_dim=6, q_rank=8, kv_rank=6),
+    moe=MoEConfig(experts=4, active=2, shared=1, width=8),
+    streams=4,
+    memory=MemoryConfig(replace(HASH, orders=(2, 3, 4), layers=(0, 1)), EngramConfig(row_dim=4)),
+)
+MODELS = {"base": BASE, "engram": ENGRAM, "everything": EVERYTHING}
+
+
+def split(documents: int = 12, seed: int = 0) -> Split:
+    """Documents that repeat a few phrases: a memory of n-grams has something to remember."""
+    rng = np.random.default_rng(seed)
+    phrases = rng.integers(1, VOCABULARY, (6, 5))
+    texts = [np.concatenate([[0], phrases[rng.integers(6, size=rng.integers(4, 9))].ravel()]) for _ in range(documents)]
+    starts = np.cumsum([0, *map(len, texts[:-1])])
+    return Split(np.concatenate(texts).astype(np.uint16), starts, np.array([len(text) - 1 for text in texts]))
+
+
+def config(model: ModelConfig = ENGRAM, **changes: Any) -> TrainConfig:
+    """Six steps of four windows, a checkpoint at every second."""
+    settings = {"steps": 6, "batch_size": 4, "length": 10, "checkpoint_every": 2, "threads": 1} | changes
+    return TrainConfig(model=model, precision="float32", device="cpu", **settings)
+
+
+def lookup_of(model: ModelConfig) -> Lookup | None:
+    """An empty table behind the identity vocabulary; None for a model without a memory."""
+    if model.memory is None:
+        return None
+    vocabulary = CanonicalVocabulary.identity(model.vocab_size)
+    plan = build_plan(model.memory.hash, vocabulary)
+    return Lookup(vocabulary, plan, DeviceTable(plan.num_rows, model.memory.engram.row_dim))
+
+
+def training(directory: Path, config: TrainConfig, **options: Any) -> Training:
+    """A run on the phrases."""
+    batches = options.pop("batches", None) or Loader(split(), config.batch_size, config.length, config.seed)
+    return Training(config, directory, batches, lookup_of(config.model), **options)
+
+
+def finish(run: Training, steps: int | None = None) -> Training:
+    """Take steps, all that are left unless told how many, and release the directory."""
+    while not run.done and steps != 0:
+        run.step()
+        steps = None if steps is None else steps - 1
+    run.close()
+    return run
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """All that a run leaves behind, except for how long it took."""
+    newest = latest(directory / "checkpoints")
+    assert newest is not None
+    saved = Checkpoint(newest)
+    parts = {path.stem: saved.part(path.stem) for path in newest.glob("*.safetensors")}
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(directory / "metrics.jsonl")]
+    return {"parts": parts, "loader": saved.facts["loader"], "step": saved.facts["step"], "metrics": lines}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two outcomes are equal bit for bit."""
+    assert one["parts"].keys() == other["parts"].keys()
+    for part, tensors in one["parts"].items():
+        assert tensors.keys() == other["parts"][part].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, other["parts"][part][name]), f"{part}: {name}"
+    assert {**one, "parts": None} == {**other, "parts": None}
+
+
+def run_in_process(directory: str, settings: TrainConfig, resume: bool) -> None:
+    """What a process that is going to be killed runs."""
+    torch.set_num_threads(1)
+    finish(training(Path(directory), settings, resume=resume))
+
+
+def live(model: ModelConfig, seed: int = 0) -> tuple[LanguageModel, Lookup | None]:
+    """A model in which every parameter and row does something: at their start most of them are silent."""
+    built = LanguageModel.build(model, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    lookup = lookup_of(model)
+    if lookup:
+        assert isinstance(lookup.table, DeviceTable)
+        lookup.table.rows.normal_(generator=generator)
+    return built.eval(), lookup
+
+
+def text(length: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """Random tokens [batch, length]."""
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A run directory to damage."""
+    return Path(shutil.copytree(source, target))
