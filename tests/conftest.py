@@ -27,6 +27,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield cache
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_disk() -> Iterator[None]:
+    """No waiting for the disk: it guards against power cuts, and tests do not have those."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def processes(own_cache: Path) -> ForkServerContext:
     """Starts processes that have torch imported already, in milliseconds, and that may be killed."""

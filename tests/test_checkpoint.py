@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import copy
+from tiny import copy, exit_code, killed_at
 
 from engram_lm.errors import CheckpointError
 from engram_lm.train import checkpoint as checkpoints
 from engram_lm.train.checkpoint import Checkpoint, claim, latest, save, write_whole
 
-PARTS = {"model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)}, "table": {"rows": torch.eye(3)}}
+PARTS = {
+    "model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2)},
+    "table": {"rows": torch.eye(3)},
+}
 FACTS = {"config": {"dim": 3, "name": "Größe"}, "loader": {"epoch": 1, "index": 4}}
 
 
@@ -100,7 +103,41 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert names(tmp_path) == ["step-000002"]
 
 
-# --- damage ---------------------------------------------------------------------------------------------------
+def test_killed_at_any_moment_of_a_save_every_checkpoint_is_whole(tmp_path, processes):
+    """The newest is the old or the new one, and the next save clears away what is left."""
+    newest = set()
+    for number in range(1, 200):
+        directory = tmp_path / str(number)
+        saved(directory, 2, 4)
+        code = exit_code(processes, killed_at, number, save, directory, 6, PARTS, FACTS, 1)
+        assert code in (0, -signal.SIGKILL)
+        for path in checkpoints.checkpoints(directory):
+            assert_whole(path)
+        newest.add(latest(directory).name)
+        saved(directory, 8, keep=1)
+        assert names(directory) == ["step-000008"]
+        if code == 0:
+            break
+    assert number > 20
+    assert newest == {"step-000004", "step-000006"}
+
+
+def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A power cut leaves a whole checkpoint, too: all is synced, then renamed, then that is synced."""
+    done, rename = [], Path.rename
+
+    def fsync(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", lambda *paths: done.append("rename") or rename(*paths))
+    saved(tmp_path, 2)
+    files = ["facts.json", "manifest.json", "model.safetensors", "step-000002.partial", "table.safetensors"]
+    assert sorted(done[:5]) == files
+    assert done[5:] == ["rename", tmp_path.name]
+
+
+# --- damage -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0x80])
@@ -136,7 +173,9 @@ def test_a_damaged_file_is_named(tmp_path, name, damage):
     assert_whole(tmp_path / "step-000002")
 
 
-@pytest.mark.parametrize("manifest", ["", "null", "[]", "{}", '{"facts.json": 3}', '{"facts.json": [1]}', "3", "\ud800"])
+@pytest.mark.parametrize(
+    "manifest", ["", "null", "[]", "{}", '{"facts.json": 3}', '{"facts.json": [1]}', "3", "\ud800"]
+)
 def test_a_garbage_manifest_is_refused(tmp_path, manifest):
     only = saved(tmp_path, 2) / "step-000002"
     (only / "manifest.json").write_bytes(manifest.encode("utf-8", "surrogatepass"))
@@ -160,7 +199,7 @@ def test_advice_compares_numbers_too(tmp_path):
         Checkpoint(tmp_path / "step-1000000")
 
 
-# --- a full disk ----------------------------------------------------------------------------------------------
+# --- a full disk --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -192,7 +231,9 @@ def full_disk(monkeypatch):
 def test_a_full_disk_loses_nothing(tmp_path, full_disk, monkeypatch, after):
     saved(tmp_path, 2)
     full_disk(after)
-    with pytest.raises(CheckpointError, match=r"step-000004: cannot be written .*No space left.*step-000002, is intact"):
+    with pytest.raises(
+        CheckpointError, match=r"step-000004: cannot be written .*No space left.*step-000002, is intact"
+    ):
         saved(tmp_path, 4)
     monkeypatch.undo()
     assert names(tmp_path) == ["step-000002"]
@@ -220,10 +261,7 @@ def limited(directory: str, room: int) -> None:
 @pytest.mark.parametrize("room", [10, 4096, 200_000])
 def test_a_file_that_the_system_cuts_short(tmp_path, processes, room):
     saved(tmp_path, 2)
-    process = processes.Process(target=limited, args=(str(tmp_path), room))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    assert exit_code(processes, limited, str(tmp_path), room) == 0
     assert names(tmp_path) == ["step-000002"]
     assert_whole(tmp_path / "step-000002")
 
@@ -237,7 +275,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path, full_disk):
     assert path.read_text() == "old"
 
 
-# --- who holds a directory ------------------------------------------------------------------------------------
+# --- who holds a directory ----------------------------------------------------------------------------------
 
 
 def hold(directory: str, held) -> None:
@@ -254,7 +292,9 @@ def test_a_directory_is_held_until_its_process_ends_however_it_ends(tmp_path, pr
     process.start()
     assert held.wait(60)
     for _ in range(2):  # being refused does not disturb the holder
-        with pytest.raises(CheckpointError, match=f"is in use by process {process.pid}: two runs would overwrite"):
+        with pytest.raises(
+            CheckpointError, match=f"is in use by process {process.pid}: two runs would overwrite"
+        ):
             claim(tmp_path)
     process.kill()
     process.join()
@@ -262,7 +302,10 @@ def test_a_directory_is_held_until_its_process_ends_however_it_ends(tmp_path, pr
 
 
 def test_a_directory_is_held_against_its_own_process_too(tmp_path):
-    with claim(tmp_path / "deep" / "run"), pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"):
+    with (
+        claim(tmp_path / "deep" / "run"),
+        pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"),
+    ):
         claim(tmp_path / "deep" / "run")
     claim(tmp_path / "deep" / "run").close()
 

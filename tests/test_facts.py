@@ -97,19 +97,21 @@ def test_a_question_is_the_beginning_of_a_sentence_that_answers_it(attribute):
 
 def test_knowing_the_others_does_not_help():
     """Attributes are drawn independently and about evenly."""
-    people = People.invent(4000, seed=0)
+    people = People.invent(20_000, seed=0)
     for attribute, kind in enumerate(ATTRIBUTES):
         counts = np.unique(people.values[:, attribute], return_counts=True)[1]
-        pool = SIZES.get(kind, len(SUBJECTS))
-        assert abs(len(counts) - pool) <= 2
-        assert counts.max() < 4000 / pool * 2.5
+        expected = 20_000 / SIZES.get(kind, len(SUBJECTS))
+        assert len(counts) == SIZES.get(kind, len(SUBJECTS))
+        assert abs(counts - expected).max() < 6 * math.sqrt(expected)
     city, company = people.values[:, 0].double(), people.values[:, 3].double()
-    assert abs(torch.corrcoef(torch.stack([city, company]))[0, 1]) < 5 / math.sqrt(4000)
+    assert abs(torch.corrcoef(torch.stack([city, company]))[0, 1]) < 5 / math.sqrt(20_000)
 
 
 @pytest.mark.parametrize("count", [0, -1, 400 * 400 * 1000 + 1])
 def test_too_many_people_are_refused(count):
-    with pytest.raises(ConfigError, match=f"cannot invent {count:,} people: there are 160,000,000 different names"):
+    with pytest.raises(
+        ConfigError, match=f"cannot invent {count:,} people: there are 160,000,000 different names"
+    ):
         People.invent(count)
 
 
@@ -128,7 +130,7 @@ def test_invented_words_differ():
     assert all(word.isalpha() and word[0].isupper() for word in words)
 
 
-# --- exposures ------------------------------------------------------------------------------------------------
+# --- exposures ----------------------------------------------------------------------------------------------
 
 
 @given(st.sampled_from([1, 5, 48, 240]), st.integers(0, 9))
@@ -179,7 +181,7 @@ def test_batches_that_do_not_divide_are_refused():
         Exposures(PEOPLE, 7)
 
 
-# --- recall -----------------------------------------------------------------------------------------------------
+# --- recall -------------------------------------------------------------------------------------------------
 
 
 class Answering(nn.Module):
@@ -191,7 +193,9 @@ class Answering(nn.Module):
         self.answer = answer
 
     def forward(self, tokens, rows=None):
-        return tokens[:, None].expand(-1, tokens.shape[1], -1), None  # every position holds the whole question
+        return tokens[:, None].expand(
+            -1, tokens.shape[1], -1
+        ), None  # every position holds the whole question
 
     def logits(self, hidden):
         said = torch.tensor([[self.answer(question) for question in row] for row in hidden.tolist()])
@@ -203,7 +207,10 @@ def knows(question: list[int]) -> int:
 
 
 def test_an_oracle_recalls_everything():
-    assert recall(Answering(knows), None, PEOPLE, batch_size=100) == {"recall": 1.0, **dict.fromkeys(ATTRIBUTES, 1.0)}
+    assert recall(Answering(knows), None, PEOPLE, batch_size=100) == {
+        "recall": 1.0,
+        **dict.fromkeys(ATTRIBUTES, 1.0),
+    }
 
 
 def test_who_knows_one_attribute_recalls_a_quarter():
@@ -215,7 +222,9 @@ def test_who_knows_only_frequencies_recalls_about_one_in_a_hundred():
     commonest = PEOPLE.values.mode(dim=0).values.tolist()
     found = recall(Answering(lambda question: commonest[question[4] - 2]), None, PEOPLE)
     for attribute, kind in enumerate(ATTRIBUTES):
-        assert found[kind] == pytest.approx(float((PEOPLE.values[:, attribute] == commonest[attribute]).float().mean()))
+        assert found[kind] == pytest.approx(
+            float((PEOPLE.values[:, attribute] == commonest[attribute]).float().mean())
+        )
     assert found["recall"] < 0.05
 
 

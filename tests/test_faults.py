@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,19 @@ from tiny import (
     BASE,
     ENGRAM,
     EVERYTHING,
+    FILE_OPERATIONS,
     assert_same,
     config,
     copy,
+    exit_code,
     finish,
+    killed_at,
     lookup_of,
     outcome,
     run_in_process,
     split,
     training,
+    write_texts,
 )
 
 from engram_lm.errors import CheckpointError, MismatchError, TrainingError
@@ -45,65 +50,38 @@ def whole(tmp_path_factory) -> Path:
     return directory
 
 
-# --- kill -9 --------------------------------------------------------------------------------------------------
-
-FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
-
-
-def at_file_operation(number: int, action) -> None:
-    """Call `action` just before this process's n-th file operation from now (Python's audit events)."""
-    left = number
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal left
-        if event in FILE_OPERATIONS:
-            left -= 1
-            if left == 0:
-                action()
-
-    sys.addaudithook(hook)
-
-
-def killed_at(number: int, directory: str, settings: TrainConfig) -> None:
-    """Train until the n-th file operation, and die there."""
-    at_file_operation(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    run_in_process(directory, settings, True)
+# --- kill -9 ------------------------------------------------------------------------------------------------
 
 
 def counted(directory: str, settings: TrainConfig, answer) -> None:
     """Train to the end and say how many file operations that took."""
-    total = 0
 
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal total
-        total += event in FILE_OPERATIONS
+    def hook(event: str, _: object) -> None:
+        answer.value += event in FILE_OPERATIONS
 
     sys.addaudithook(hook)
-    run_in_process(directory, settings, True)
-    answer.value = total
+    run_in_process(directory, settings)
 
 
-def ended(processes, target, *arguments) -> int | None:
-    """Exit code of a process that was left alone."""
-    process = processes.Process(target=target, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def test_killed_at_any_file_operation_a_run_ends_the_same(tmp_path, processes, whole):
+def test_killed_before_any_file_operation_a_run_ends_the_same(tmp_path, processes, whole):
     """Each run is killed twice: before an operation on a file, and again after it was resumed."""
     total = processes.Value("i", 0)
-    assert ended(processes, counted, str(tmp_path / "counted"), SETTINGS, total) == 0
+    assert exit_code(processes, counted, str(tmp_path / "counted"), SETTINGS, total) == 0
     assert total.value > 100
     rng = random.Random(0)
     share = range(0, total.value, -(-total.value // KILLS))  # spread, so that every kind of moment is met
     for kill, first in enumerate(share):
         directory = tmp_path / str(kill)
-        number = rng.randint(first + 1, min(first + share.step, total.value))
-        assert ended(processes, killed_at, number, str(directory), SETTINGS) == -signal.SIGKILL
-        if ended(processes, killed_at, rng.randint(1, total.value // 2), str(directory), SETTINGS) != 0:
-            finish(training(directory, SETTINGS, resume=True))
+        numbers = (
+            rng.randint(first + 1, min(first + share.step, total.value)),
+            rng.randint(1, total.value // 2),
+        )
+        for number in numbers:
+            code = exit_code(processes, killed_at, number, run_in_process, str(directory), SETTINGS)
+            assert code in (0, -signal.SIGKILL)
+            for path in checkpoints.checkpoints(directory / "checkpoints"):
+                Checkpoint(path)  # is whole
+        finish(training(directory, SETTINGS, resume=True))
         assert_same(outcome(directory), outcome(whole))
         names = sorted(path.name for path in (directory / "checkpoints").iterdir())
         assert names == ["step-000004", "step-000005"]
@@ -112,7 +90,7 @@ def test_killed_at_any_file_operation_a_run_ends_the_same(tmp_path, processes, w
 def test_killed_at_any_time_a_run_ends_the_same(tmp_path, processes, whole):
     rng = random.Random(1)
     for _ in range(KILLS):
-        process = processes.Process(target=run_in_process, args=(str(tmp_path), SETTINGS, True))
+        process = processes.Process(target=run_in_process, args=(str(tmp_path), SETTINGS))
         process.start()
         process.join(rng.uniform(0.02, 0.3))
         process.kill()
@@ -135,12 +113,12 @@ def test_killed_before_the_first_checkpoint_a_run_begins_again(tmp_path):
 def test_a_run_that_lost_its_config_file_still_resumes(tmp_path, whole):
     copy(whole, tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="already holds a run"):
+    with pytest.raises(CheckpointError, match=r"already holds a run"):
         training(tmp_path / "run", SETTINGS)
     assert finish(training(tmp_path / "run", SETTINGS, resume=True)).done_steps == 5
 
 
-# --- Ctrl-C ---------------------------------------------------------------------------------------------------
+# --- Ctrl-C -------------------------------------------------------------------------------------------------
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -152,14 +130,11 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 
 def test_ctrl_c_on_the_command_line(tmp_path):
-    words = "the quick brown fox jumps over the lazy dog while memory looks up what it has seen before".split()
-    rng = random.Random(0)
-    for number in range(8):
-        (tmp_path / f"{number}.txt").write_text(" ".join(rng.choices(words, k=300)), encoding="utf-8")
-    out = tmp_path / "run"
+    texts, out = write_texts(tmp_path / "texts"), tmp_path / "run"
+    metrics = out / "metrics.jsonl"
     options = "--model.vocab-size 280 --model.dim 16 --model.layers 2 --model.ffn-width 16 --steps 100000"
     options += " --batch-size 2 --length 8 --threads 1 --device cpu"
-    begin = ["train", "tiny", "--data", str(tmp_path), "--out", str(out), *options.split()]
+    begin = ["train", "tiny", "--data", str(texts), "--out", str(out), *options.split()]
     resume = ["train", "--resume", "--out", str(out)]
     steps = 0
     for arguments in (begin, resume):
@@ -169,7 +144,6 @@ def test_ctrl_c_on_the_command_line(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        metrics = out / "metrics.jsonl"
         wait_for(lambda at=steps: metrics.exists() and metrics.read_text().count('"loss"') > at + 2, process)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=120)
@@ -184,7 +158,7 @@ def test_ctrl_c_on_the_command_line(tmp_path):
         assert steps == metrics.read_text().count('"loss"')
 
 
-# --- a loss that is not finite ----------------------------------------------------------------------------------
+# --- a loss that is not finite ------------------------------------------------------------------------------
 
 
 def poison(run: Training) -> None:
@@ -201,7 +175,9 @@ def test_nan_stops_the_run_and_the_last_checkpoint_is_good(tmp_path):
     rows = run.lookup.table.rows.clone()
     healthy = [parameter.clone() for parameter in run.model.blocks.parameters()]
     poison(run)
-    with pytest.raises(TrainingError, match=r"run, step 4: the loss is nan .*last good checkpoint is .*step-000002.*Lower"):
+    with pytest.raises(
+        TrainingError, match=r"run, step 4: the loss is nan .*last good checkpoint is .*step-000002.*Lower"
+    ):
         train(run)
     assert torch.equal(rows, run.lookup.table.rows)
     assert all(map(torch.equal, healthy, run.model.blocks.parameters()))
@@ -229,7 +205,7 @@ def test_a_learning_rate_that_explodes(tmp_path):
         assert tensor.isfinite().all()
 
 
-# --- a full disk ----------------------------------------------------------------------------------------------
+# --- a full disk --------------------------------------------------------------------------------------------
 
 
 def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
@@ -249,7 +225,27 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path, monkeypatch):
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
 
-# --- the wrong directory ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_files_that_are_written_again_survive_a_full_disk(tmp_path, monkeypatch, name):
+    finish(training(tmp_path, config(checkpoint_every=0)))
+    if name == "config.json":  # as after a kill before the first checkpoint: this file is written again
+        shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / name).read_text()
+
+    def truncated(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text.encode()[:10])
+        if path.name.startswith(name):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", truncated)
+        with pytest.raises(CheckpointError, match=f"{name}: cannot be written .*No space left"):
+            training(tmp_path, config(checkpoint_every=0), resume=True)
+    assert (tmp_path / name).read_text() == before
+    training(tmp_path, config(checkpoint_every=0), resume=True).close()
+
+
+# --- the wrong directory ------------------------------------------------------------------------------------
 
 
 def test_a_directory_in_use_is_refused_and_left_alone(tmp_path):
@@ -264,7 +260,9 @@ def test_a_directory_in_use_is_refused_and_left_alone(tmp_path):
 
 def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path, whole):
     copy(whole, tmp_path / "run")
-    with pytest.raises(CheckpointError, match="already holds a run, which would be overwritten. Add --resume"):
+    with pytest.raises(
+        CheckpointError, match=r"already holds a run, which would be overwritten\. Add --resume"
+    ):
         training(tmp_path / "run", SETTINGS)
     assert_same(outcome(tmp_path / "run"), outcome(whole))
     training(tmp_path / "run", SETTINGS, resume=True).close()  # the refusal let go of the directory
@@ -278,7 +276,11 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path, whole)
         (config(BASE), r"\(model\.memory: .*'rows_per_head': 97.* then, None now\)"),
         (config(replace(ENGRAM, dim=32), seed=2), r"\(model\.dim: 16 then, 32 now; seed: 0 then, 2 now\)"),
         (
-            config(replace(ENGRAM, memory=replace(ENGRAM.memory, hash=replace(ENGRAM.memory.hash, orders=(2, 4))))),
+            config(
+                replace(
+                    ENGRAM, memory=replace(ENGRAM.memory, hash=replace(ENGRAM.memory.hash, orders=(2, 4)))
+                )
+            ),
             r"\(model\.memory\.hash\.orders: \[2, 3\] then, \[2, 4\] now\)",
         ),
     ],
@@ -294,7 +296,9 @@ def test_another_configuration_is_refused(tmp_path, changed, message):
 
 def test_another_tokenizer_is_refused(tmp_path):
     finish(training(tmp_path, config(), facts={"tokenizer_digest": "one"}))
-    with pytest.raises(MismatchError, match="tokenizer digest is one, this run's is two.*every token would mean"):
+    with pytest.raises(
+        MismatchError, match=r"tokenizer digest is one, this run's is two.*every token would mean"
+    ):
         training(tmp_path, config(), facts={"tokenizer_digest": "two"}, resume=True)
 
 
@@ -302,7 +306,9 @@ def test_another_plan_is_refused(tmp_path):
     finish(training(tmp_path, config()))
     other = lookup_of(ENGRAM)
     object.__setattr__(other, "plan", replace(other.plan, multipliers=other.plan.multipliers + 2))
-    with pytest.raises(MismatchError, match="address digest is .*every memory row would be read from the wrong place"):
+    with pytest.raises(
+        MismatchError, match=r"address digest is .*every memory row would be read from the wrong place"
+    ):
         Training(config(), tmp_path, Loader(split(), 4, 10), other, resume=True)
 
 
@@ -315,21 +321,27 @@ def test_another_text_is_refused(tmp_path):
 def test_another_machine_is_a_warning(tmp_path, monkeypatch):
     finish(training(tmp_path, config()))
     monkeypatch.setattr("engram_lm.train.loop.__version__", "9.0")
-    with pytest.warns(UserWarning, match=r"with engram_lm = .*, this run has 9\.0: .*the last bits may differ"):
+    with pytest.warns(
+        UserWarning, match=r"with engram_lm = .*, this run has 9\.0: .*the last bits may differ"
+    ):
         training(tmp_path, config(), resume=True).close()
 
 
-# --- damage -----------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "table.safetensors", "facts.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "table.safetensors", "facts.json"]
+)
 def test_a_damaged_newest_checkpoint_is_refused_with_a_way_on(tmp_path, whole, name):
     run = copy(whole, tmp_path / "run")
     newest = latest(run / "checkpoints")
     content = bytearray((newest / name).read_bytes())
     content[len(content) // 2] ^= 1
     (newest / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name}: .*Remove {re.escape(str(newest))} to go on from step-000004"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: .*Remove {re.escape(str(newest))} to go on from step-000004"
+    ):
         training(run, SETTINGS, resume=True)
     for path in newest.iterdir():
         path.unlink()

@@ -22,7 +22,9 @@ CONFIGS = {
     "orders 2, 3, 4": replace(ENGRAM, memory=replace(ENGRAM.memory, hash=replace(HASH, orders=(2, 3, 4)))),
     "order 1": replace(ENGRAM, memory=replace(ENGRAM.memory, hash=replace(HASH, orders=(1,)))),
     "v4.1": replace(ENGRAM, memory=MemoryConfig(HASH, replace(EngramConfig.deepseek_v41(), row_dim=4))),
-    "ple": replace(ENGRAM, memory=MemoryConfig(replace(HASH, scheme="ple"), EngramConfig(row_dim=4, zero_centered=True))),
+    "ple": replace(
+        ENGRAM, memory=MemoryConfig(replace(HASH, scheme="ple"), EngramConfig(row_dim=4, zero_centered=True))
+    ),
     "everything": EVERYTHING,
 }
 LIVE = {name: live(config) for name, config in CONFIGS.items()}
@@ -95,7 +97,7 @@ def test_nothing_can_be_selected_from_the_start():
     assert START.select(torch.tensor([0])) == START
 
 
-# --- sampling -------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_the_sample():
@@ -125,7 +127,7 @@ def test_samples_come_from_the_top_with_their_probabilities():
     assert set(sample(logits, 1.0, 99, generator).tolist()) == {0, 1, 2, 3}
 
 
-# --- stopping and refusing ------------------------------------------------------------------------------------
+# --- stopping and refusing ----------------------------------------------------------------------------------
 
 
 def test_generation_stops_at_the_end():

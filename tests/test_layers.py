@@ -90,7 +90,7 @@ def test_only_plots_import_matplotlib():
 
 
 def test_the_package_is_light():
-    heavy = "torch numpy matplotlib tokenizers numba transformers".split()
+    heavy = ["torch", "numpy", "matplotlib", "tokenizers", "numba", "transformers"]
     code = f"import sys, engram_lm; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

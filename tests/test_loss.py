@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def naive(model, lookup, length: int) -> Losses:
     tokens = torch.from_numpy(SPLIT.tokens.astype(np.int64))
     borders = [*SPLIT.starts.tolist(), len(tokens)]
     nats, counts, sizes = (np.zeros(len(SPLIT.starts)) for _ in range(3))
-    for document, (begin, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for document, (begin, end) in enumerate(pairwise(borders)):
         for target in range(begin + 1, end):
             first = max(begin, (target - 1) // length * length)  # the window that has this target
             context = tokens[None, first:target]
@@ -59,6 +60,16 @@ def test_the_mean_counts_every_token_once():
     assert losses.bits_per_byte == pytest.approx(11 / math.log(2) / 11)
 
 
+def test_losses_of_two_splits_are_those_of_all_documents():
+    one, other = corpus(5, 0), corpus(7, 1)
+    both = one + other
+    assert len(both.tokens) == 12
+    assert both.mean == pytest.approx(
+        (one.nats.sum() + other.nats.sum()) / (one.tokens.sum() + other.tokens.sum())
+    )
+    assert both.bytes.sum() == one.bytes.sum() + other.bytes.sum()
+
+
 def test_documents_without_a_counted_target_do_not_count():
     model, lookup = live(ENGRAM)
     some = measure(model, lookup, windows(SPLIT, 2, 10, limit=2), SIZES)
@@ -67,7 +78,7 @@ def test_documents_without_a_counted_target_do_not_count():
     assert math.isfinite(some.mean)
 
 
-# --- uncertainty ----------------------------------------------------------------------------------------------
+# --- uncertainty --------------------------------------------------------------------------------------------
 
 
 def corpus(documents: int, seed: int) -> Losses:
@@ -131,7 +142,7 @@ def test_other_documents_have_no_difference():
         difference(corpus(30, 0), corpus(29, 0))
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------------------------
 
 TEXTS = [
     "The memory of a language model is where it keeps what it has read. " * 8,

@@ -1,13 +1,12 @@
 """From text to a run directory and back: nothing is made twice, nothing is mixed up."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ENGRAM, config, finish
+from tiny import ENGRAM, WORDS, config, finish, write_texts
 
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError
 from engram_lm.hashing import HashConfig
@@ -18,16 +17,10 @@ from engram_lm.train.loop import Training
 from engram_lm.train.run import beside, build_lookup, fit_vocabulary, load_run, prepare_text
 from engram_lm.train.tokenizer import tokenizer_digest, train_tokenizer
 
-WORDS = "the quick brown fox jumps over the lazy dog while memory looks up what it has seen before".split()
-
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("texts")
-    rng = random.Random(0)
-    for number in range(8):
-        (directory / f"{number}.txt").write_text(" ".join(rng.choices(WORDS, k=200)), encoding="utf-8")
-    return directory
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def prepare(source: object, directory: Path, **options):
@@ -42,10 +35,12 @@ def trained(directory: Path, texts: Path, shared: bool = False) -> Training:
     settings = fit_vocabulary(config(ENGRAM), tokenizer)
     batches = Loader(data.train, settings.batch_size, settings.length)
     facts = {"tokenizer_digest": tokenizer_digest(tokenizer)}
-    return finish(Training(settings, directory, batches, build_lookup(settings.model, tokenizer), facts=facts))
+    return finish(
+        Training(settings, directory, batches, build_lookup(settings.model, tokenizer), facts=facts)
+    )
 
 
-# --- text -----------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 def test_text_is_prepared_once(tmp_path, texts):
@@ -86,7 +81,9 @@ def test_files_without_text_are_told(tmp_path, texts):
 
 def test_another_text_is_refused(tmp_path, texts):
     prepare(texts, tmp_path)
-    with pytest.raises(DataError, match=f"holds the tokens of {texts}, not of elsewhere; choose another --out"):
+    with pytest.raises(
+        DataError, match=f"holds the tokens of {texts}, not of elsewhere; choose another --out"
+    ):
         prepare("elsewhere", tmp_path)
 
 
@@ -116,7 +113,7 @@ def test_the_vocabulary_fits_the_tokenizer(tmp_path, texts):
     assert replace(fitted.model, vocab_size=ENGRAM.vocab_size) == ENGRAM
 
 
-# --- back to a model ------------------------------------------------------------------------------------------
+# --- back to a model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -129,7 +126,8 @@ def test_a_run_loads_as_it_was_left(tmp_path, texts, shared):
     batch, _ = run.batches.next(LoaderState())
     with torch.no_grad():
         one, other = (
-            part.model.loss(batch.tokens, batch.targets, part.lookup.rows(batch.tokens)[0]) for part in (run, loaded)
+            part.model.loss(batch.tokens, batch.targets, part.lookup.rows(batch.tokens)[0])
+            for part in (run, loaded)
         )
     assert torch.equal(one, other)
     assert torch.equal(loaded.lookup.table.rows, run.lookup.table.rows)
@@ -137,7 +135,9 @@ def test_a_run_loads_as_it_was_left(tmp_path, texts, shared):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no checkpoint: it is not a run directory, or the run has not saved"):
+    with pytest.raises(
+        CheckpointError, match="holds no checkpoint: it is not a run directory, or the run has not saved"
+    ):
         load_run(tmp_path)
 
 
@@ -151,7 +151,9 @@ def test_a_run_without_its_tokenizer_is_refused(tmp_path, texts):
 def test_a_run_with_another_tokenizer_is_refused(tmp_path, texts):
     trained(tmp_path / "run", texts)
     train_tokenizer(["other words"] * 9, 270).save(str(tmp_path / "run" / "tokenizer.json"))
-    with pytest.raises(MismatchError, match="was trained with tokenizer .*every token would mean another string"):
+    with pytest.raises(
+        MismatchError, match=r"was trained with tokenizer .*every token would mean another string"
+    ):
         load_run(tmp_path / "run")
 
 
@@ -160,7 +162,9 @@ def test_a_run_whose_addresses_moved_is_refused(tmp_path, texts, monkeypatch):
     trained(tmp_path / "run", texts)
     moved = lambda tokenizer: CanonicalVocabulary.identity(tokenizer.get_vocab_size())  # noqa: E731
     monkeypatch.setattr(CanonicalVocabulary, "from_tokenizer", moved)
-    with pytest.raises(MismatchError, match="address digest is .* every memory row would be read from the wrong place"):
+    with pytest.raises(
+        MismatchError, match=r"address digest is .* every memory row would be read from the wrong place"
+    ):
         load_run(tmp_path / "run")
 
 
@@ -172,7 +176,7 @@ def test_a_damaged_run_is_refused(tmp_path, texts):
         load_run(tmp_path / "run")
 
 
-# --- addresses --------------------------------------------------------------------------------------------------
+# --- addresses ----------------------------------------------------------------------------------------------
 
 
 def test_the_pad_is_a_token_of_the_tokenizer(texts, tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,8 @@ EVERYTHING = replace(
     streams=4,
     memory=MemoryConfig(replace(HASH, orders=(2, 3, 4), layers=(0, 1)), EngramConfig(row_dim=4)),
 )
+PANGRAM = "the quick brown fox jumps over the lazy dog while memory looks up what it has seen"
+WORDS = PANGRAM.split()
 MODELS = {"base": BASE, "engram": ENGRAM, "everything": EVERYTHING}
 
 
@@ -40,9 +46,21 @@ def split(documents: int = 12, seed: int = 0) -> Split:
     """Documents that repeat a few phrases: a memory of n-grams has something to remember."""
     rng = np.random.default_rng(seed)
     phrases = rng.integers(1, VOCABULARY, (6, 5))
-    texts = [np.concatenate([[0], phrases[rng.integers(6, size=rng.integers(4, 9))].ravel()]) for _ in range(documents)]
+    texts = [
+        np.concatenate([[0], phrases[rng.integers(6, size=rng.integers(4, 9))].ravel()])
+        for _ in range(documents)
+    ]
     starts = np.cumsum([0, *map(len, texts[:-1])])
     return Split(np.concatenate(texts).astype(np.uint16), starts, np.array([len(text) - 1 for text in texts]))
+
+
+def write_texts(directory: Path, files: int = 8, words: int = 200) -> Path:
+    """Text files of a few words in random order."""
+    directory.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(files):
+        (directory / f"{number}.txt").write_text(" ".join(rng.choice(WORDS, words)), encoding="utf-8")
+    return directory
 
 
 def config(model: ModelConfig = ENGRAM, **changes: Any) -> TrainConfig:
@@ -81,7 +99,10 @@ def outcome(directory: Path) -> dict[str, Any]:
     assert newest is not None
     saved = Checkpoint(newest)
     parts = {path.stem: saved.part(path.stem) for path in newest.glob("*.safetensors")}
-    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(directory / "metrics.jsonl")]
+    lines = [
+        {k: v for k, v in line.items() if k != "seconds"}
+        for line in read_metrics(directory / "metrics.jsonl")
+    ]
     return {"parts": parts, "loader": saved.facts["loader"], "step": saved.facts["step"], "metrics": lines}
 
 
@@ -95,10 +116,40 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert {**one, "parts": None} == {**other, "parts": None}
 
 
-def run_in_process(directory: str, settings: TrainConfig, resume: bool) -> None:
-    """What a process that is going to be killed runs."""
+# --- processes that are killed ------------------------------------------------------------------------------
+
+FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}  # of Python's audit events
+
+
+def run_in_process(directory: str, settings: TrainConfig) -> None:
+    """Begin a run or go on with it."""
     torch.set_num_threads(1)
-    finish(training(Path(directory), settings, resume=resume))
+    finish(training(Path(directory), settings, resume=True))
+
+
+def killed_at(number: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function and die just before its `number`-th operation on a file."""
+    left = number
+
+    def hook(event: str, _: object) -> None:
+        nonlocal left
+        if event in FILE_OPERATIONS:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = lambda descriptor: None  # of no use against a kill
+    sys.addaudithook(hook)
+    function(*arguments)
+    os._exit(0)  # what happens at the end of a process is not the function's
+
+
+def exit_code(processes: Any, function: Callable[..., Any], *arguments: Any) -> int | None:
+    """Of a process that calls a function."""
+    process = processes.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def live(model: ModelConfig, seed: int = 0) -> tuple[LanguageModel, Lookup | None]:

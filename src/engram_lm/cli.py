@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
-from tyro.conf import OmitArgPrefixes, Positional
+from rich.text import Text
+from tyro import MISSING_NONPROP
+from tyro.conf import AvoidSubcommands, Positional, arg, subcommand
 
 from . import __version__, config as configs
 from .errors import DataError, EngramError
@@ -65,7 +68,7 @@ class Train:
     engram-lm train --resume --out DIR
     """
 
-    config: OmitArgPrefixes[TrainConfig]
+    config: Annotated[TrainConfig, arg(name="")]
     data: str = ""
     """Text to learn: .txt, .md, .py, .jsonl[.gz|.xz|.zst], .parquet, a directory of such, or hf:DATASET[:SPLIT]."""
     tokenizer: str = ""
@@ -103,7 +106,7 @@ class Train:
             resume=self.resume,
         )
         if not train(training, label=self.out.name):
-            console.print(f"Stopped and saved. Go on with: engram-lm train --resume --out {self.out}")
+            console.print(f"Stopped and saved. Go on with: engram-lm train --resume --out {self.out}", soft_wrap=True)
             return 130
         last = next(line for line in reversed(training.metrics.lines) if "val_loss" in line)
         console.print(
@@ -253,26 +256,33 @@ def parse(arguments: Sequence[str]) -> Quickstart | Train | Evaluate | Generate 
     if arguments[:1] == ["train"]:
         if len(arguments) > 1 and not arguments[1].startswith("-"):
             base = load_config(arguments.pop(1))
-        elif "--resume" in arguments and "--out" in arguments[:-1]:
-            base = configs.load(TrainConfig, Path(arguments[arguments.index("--out") + 1]) / "config.json")
+        elif "--resume" in arguments:
+            out = ArgumentParser(add_help=False, allow_abbrev=False)
+            out.add_argument("--out", type=Path, default=Train.out)
+            base = configs.load(TrainConfig, out.parse_known_args(arguments)[0].out / "config.json")
         elif "--help" not in arguments and "-h" not in arguments:
             raise DataError(f"train what? Name a preset ({', '.join(PRESETS)}) or a configuration file: engram-lm train tiny")
-    commands = {
-        "quickstart": Quickstart,
-        "train": Train,
-        "eval": Evaluate,
-        "generate": Generate,
-        "count": Count,
-    }
-    return tyro.extras.subcommand_cli_from_dict(commands, defaults=None, args=arguments, prog="engram-lm")
+    commands = {"quickstart": Quickstart, "train": Train, "eval": Evaluate, "generate": Generate, "count": Count}
+    defaults: dict[str, Any] = {"train": Train(base)}
+    either: Any = Union[  # noqa: UP007  (of as many as there are)
+        tuple(
+            Annotated[kind, subcommand(name, default=defaults.get(name, MISSING_NONPROP), prefix_name=False)]
+            for name, kind in commands.items()
+        )
+    ]
+    # AvoidSubcommands: a memory or a mixture of experts that the preset has is set by dotted names, like all else
+    return tyro.cli(
+        either, prog="engram-lm", description=DESCRIPTION, args=arguments, config=(AvoidSubcommands,)
+    )
 
 
 def main() -> None:
     """Entry point of `engram-lm`."""
-    console = Console()
     try:
         command = parse(sys.argv[1:])
-        sys.exit(command.run(console))
+        sys.exit(command.run(Console()))
     except EngramError as error:
-        console.print(f"[bold red]Error:[/bold red] {error}", highlight=False)
+        Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(1)
+    except KeyboardInterrupt:  # outside of training, which saves first
+        sys.exit(130)

@@ -36,7 +36,7 @@ SUBJECTS = (
     "phonetics physics physiology poetry politics psychology rhetoric robotics sculpture seismology sociology statistics "
     "surveying theatre theology topology toxicology virology zoology"
 ).split()
-SIZES = {"first": 400, "middle": 400, "last": 1000, "city": 200, "university": 300, "company": 263}
+SIZES = {"first": 400, "middle": 400, "last": 1000, "city": 600, "university": 600, "company": 600}
 SENTENCE = 4 + 3 * len(ATTRIBUTES)  # <|endoftext|>, three names; then phrase, value and full stop for each attribute
 
 

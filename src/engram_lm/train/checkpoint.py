@@ -70,7 +70,8 @@ def checkpoints(directory: Path) -> list[Path]:
 
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint, if any."""
-    return (checkpoints(directory) or [None])[-1]
+    found = checkpoints(directory)
+    return found[-1] if found else None
 
 
 class Checkpoint:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from .. import __version__, config as configs
 from ..errors import CheckpointError, ConfigError, MismatchError, TrainingError
@@ -255,7 +254,8 @@ def train_together(trainings: dict[str, Training]) -> bool:
 
 def on(batch: Batch, device: torch.device, part: slice = slice(None)) -> Batch:
     """A batch, or some of its sequences, on the device that computes."""
-    return Batch(*(None if tensor is None else tensor[part].to(device) for tensor in vars(batch).values()))
+    segments = None if batch.segments is None else batch.segments[part].to(device)
+    return Batch(batch.tokens[part].to(device), batch.targets[part].to(device), segments)
 
 
 def choose_device(name: str) -> torch.device:
@@ -353,7 +353,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
     try:
         previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
