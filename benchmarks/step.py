@@ -73,13 +73,19 @@ def main():
     for name, result in results.items():
         low, high = result["quartiles"]
         table.add_row(
-            name, f"{result['rows']:,}", f"{result['median_ms']:.1f}", f"{result['ratio_to_base']:.3f}", f"{low:.3f} - {high:.3f}"
+            name,
+            f"{result['rows']:,}",
+            f"{result['median_ms']:.1f}",
+            f"{result['ratio_to_base']:.3f}",
+            f"{low:.3f} - {high:.3f}",
         )
     Console().print(table)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     Console().print(f"{machine}; {options.steps} rounds")
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "steps": options.steps, "arms": results}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": machine, "steps": options.steps, "arms": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -292,9 +292,7 @@ def test_a_directory_is_held_until_its_process_ends_however_it_ends(tmp_path, pr
     process.start()
     assert held.wait(60)
     for _ in range(2):  # being refused does not disturb the holder
-        with pytest.raises(
-            CheckpointError, match=f"is in use by process {process.pid}: two runs would overwrite"
-        ):
+        with pytest.raises(CheckpointError, match=f"is in use by process {process.pid}: two runs would overwrite"):
             claim(tmp_path)
     process.kill()
     process.join()

@@ -169,19 +169,14 @@ def test_evaluation_on_other_text_counts_all_of_it(engram, run, tmp_path):
 
 def test_generation_continues_the_prompt(engram, run):
     said = [
-        engram("generate", run, "--prompt", "the quick", "--max-new-tokens", 12, "--seed", seed)
-        for seed in (0, 0, 1)
+        engram("generate", run, "--prompt", "the quick", "--max-new-tokens", 12, "--seed", seed) for seed in (0, 0, 1)
     ]
     assert all(code == 0 and text.startswith("the quick") for code, text in said)
     assert said[0] == said[1]
     assert said[0] != said[2]
-    greedy = [
-        engram("generate", run, "--temperature", 0, "--max-new-tokens", 5, "--seed", seed) for seed in (0, 1)
-    ]
+    greedy = [engram("generate", run, "--temperature", 0, "--max-new-tokens", 5, "--seed", seed) for seed in (0, 1)]
     assert greedy[0] == greedy[1]
-    assert engram("generate", run, "--prompt", "größer 语言 🧠", "--max-new-tokens", 3)[1].startswith(
-        "größer 语言 🧠"
-    )
+    assert engram("generate", run, "--prompt", "größer 语言 🧠", "--max-new-tokens", 3)[1].startswith("größer 语言 🧠")
 
 
 def test_a_finished_run_resumes_to_the_same(engram, run):
@@ -257,9 +252,7 @@ def test_an_unknown_key_in_a_file_names_the_nearest(engram, tmp_path):
 
 
 def test_settings_that_cannot_be_are_refused(engram, texts, tmp_path):
-    refused(
-        engram("train", "tiny", "--data", texts, "--out", tmp_path, "--steps", 0), "steps must be at least 1"
-    )
+    refused(engram("train", "tiny", "--data", texts, "--out", tmp_path, "--steps", 0), "steps must be at least 1")
 
 
 def test_text_that_is_not_there_is_named(engram, tmp_path):

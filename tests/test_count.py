@@ -83,9 +83,7 @@ def test_a_tied_head_is_stored_once_and_still_works():
 
 def test_capacity_one_has_the_branch_but_no_table():
     config = get_preset("tiny")
-    control = replace(
-        config, memory=replace(config.memory, hash=replace(config.memory.hash, scheme="capacity_1"))
-    )
+    control = replace(config, memory=replace(config.memory, hash=replace(config.memory.hash, scheme="capacity_1")))
     assert count(control).tables == 8 * 32
     assert count(control).active == count(config).active
 

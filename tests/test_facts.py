@@ -109,9 +109,7 @@ def test_knowing_the_others_does_not_help():
 
 @pytest.mark.parametrize("count", [0, -1, 400 * 400 * 1000 + 1])
 def test_too_many_people_are_refused(count):
-    with pytest.raises(
-        ConfigError, match=f"cannot invent {count:,} people: there are 160,000,000 different names"
-    ):
+    with pytest.raises(ConfigError, match=f"cannot invent {count:,} people: there are 160,000,000 different names"):
         People.invent(count)
 
 
@@ -193,9 +191,7 @@ class Answering(nn.Module):
         self.answer = answer
 
     def forward(self, tokens, rows=None):
-        return tokens[:, None].expand(
-            -1, tokens.shape[1], -1
-        ), None  # every position holds the whole question
+        return tokens[:, None].expand(-1, tokens.shape[1], -1), None  # every position holds the whole question
 
     def logits(self, hidden):
         said = torch.tensor([[self.answer(question) for question in row] for row in hidden.tolist()])
@@ -222,9 +218,7 @@ def test_who_knows_only_frequencies_recalls_about_one_in_a_hundred():
     commonest = PEOPLE.values.mode(dim=0).values.tolist()
     found = recall(Answering(lambda question: commonest[question[4] - 2]), None, PEOPLE)
     for attribute, kind in enumerate(ATTRIBUTES):
-        assert found[kind] == pytest.approx(
-            float((PEOPLE.values[:, attribute] == commonest[attribute]).float().mean())
-        )
+        assert found[kind] == pytest.approx(float((PEOPLE.values[:, attribute] == commonest[attribute]).float().mean()))
     assert found["recall"] < 0.05
 
 

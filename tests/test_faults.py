@@ -260,9 +260,7 @@ def test_a_directory_in_use_is_refused_and_left_alone(tmp_path):
 
 def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path, whole):
     copy(whole, tmp_path / "run")
-    with pytest.raises(
-        CheckpointError, match=r"already holds a run, which would be overwritten\. Add --resume"
-    ):
+    with pytest.raises(CheckpointError, match=r"already holds a run, which would be overwritten\. Add --resume"):
         training(tmp_path / "run", SETTINGS)
     assert_same(outcome(tmp_path / "run"), outcome(whole))
     training(tmp_path / "run", SETTINGS, resume=True).close()  # the refusal let go of the directory
@@ -276,11 +274,7 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path, whole)
         (config(BASE), r"\(model\.memory: .*'rows_per_head': 97.* then, None now\)"),
         (config(replace(ENGRAM, dim=32), seed=2), r"\(model\.dim: 16 then, 32 now; seed: 0 then, 2 now\)"),
         (
-            config(
-                replace(
-                    ENGRAM, memory=replace(ENGRAM.memory, hash=replace(ENGRAM.memory.hash, orders=(2, 4)))
-                )
-            ),
+            config(replace(ENGRAM, memory=replace(ENGRAM.memory, hash=replace(ENGRAM.memory.hash, orders=(2, 4))))),
             r"\(model\.memory\.hash\.orders: \[2, 3\] then, \[2, 4\] now\)",
         ),
     ],
@@ -296,9 +290,7 @@ def test_another_configuration_is_refused(tmp_path, changed, message):
 
 def test_another_tokenizer_is_refused(tmp_path):
     finish(training(tmp_path, config(), facts={"tokenizer_digest": "one"}))
-    with pytest.raises(
-        MismatchError, match=r"tokenizer digest is one, this run's is two.*every token would mean"
-    ):
+    with pytest.raises(MismatchError, match=r"tokenizer digest is one, this run's is two.*every token would mean"):
         training(tmp_path, config(), facts={"tokenizer_digest": "two"}, resume=True)
 
 
@@ -306,9 +298,7 @@ def test_another_plan_is_refused(tmp_path):
     finish(training(tmp_path, config()))
     other = lookup_of(ENGRAM)
     object.__setattr__(other, "plan", replace(other.plan, multipliers=other.plan.multipliers + 2))
-    with pytest.raises(
-        MismatchError, match=r"address digest is .*every memory row would be read from the wrong place"
-    ):
+    with pytest.raises(MismatchError, match=r"address digest is .*every memory row would be read from the wrong place"):
         Training(config(), tmp_path, Loader(split(), 4, 10), other, resume=True)
 
 
@@ -321,27 +311,21 @@ def test_another_text_is_refused(tmp_path):
 def test_another_machine_is_a_warning(tmp_path, monkeypatch):
     finish(training(tmp_path, config()))
     monkeypatch.setattr("engram_lm.train.loop.__version__", "9.0")
-    with pytest.warns(
-        UserWarning, match=r"with engram_lm = .*, this run has 9\.0: .*the last bits may differ"
-    ):
+    with pytest.warns(UserWarning, match=r"with engram_lm = .*, this run has 9\.0: .*the last bits may differ"):
         training(tmp_path, config(), resume=True).close()
 
 
 # --- damage -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "table.safetensors", "facts.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "table.safetensors", "facts.json"])
 def test_a_damaged_newest_checkpoint_is_refused_with_a_way_on(tmp_path, whole, name):
     run = copy(whole, tmp_path / "run")
     newest = latest(run / "checkpoints")
     content = bytearray((newest / name).read_bytes())
     content[len(content) // 2] ^= 1
     (newest / name).write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=rf"{name}: .*Remove {re.escape(str(newest))} to go on from step-000004"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{name}: .*Remove {re.escape(str(newest))} to go on from step-000004"):
         training(run, SETTINGS, resume=True)
     for path in newest.iterdir():
         path.unlink()

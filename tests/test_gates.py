@@ -45,9 +45,7 @@ def test_piece_bytes_inverts_the_byte_level_alphabet():
     text = "def f():\n\treturn 'naïve 中文 🐼'\x00\x7f\xad"
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
     assert b"".join(piece_bytes(piece) for piece, _ in pieces) == text.encode()
-    assert {piece_bytes(letter) for letter in pre_tokenizers.ByteLevel.alphabet()} == {
-        bytes([b]) for b in range(256)
-    }
+    assert {piece_bytes(letter) for letter in pre_tokenizers.ByteLevel.alphabet()} == {bytes([b]) for b in range(256)}
 
 
 def test_piece_bytes_leaves_added_tokens_as_they_are():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
 from engram_lm.hashing import DEAD, HashConfig, HashPlan, hash_ngrams, is_prime, prime_sizes
@@ -30,9 +31,9 @@ def test_paper_demo():
     expected = golden("paper.json")
     plan = HashPlan.build(HashConfig.paper(), vocab_size=expected["compressed_vocab"], pad=2)
     assert {str(l): m for l, m in zip(plan.layers, plan.multipliers.tolist(), strict=True)} == expected["multipliers"]
-    assert {
-        str(l): s for l, s in zip(plan.layers, plan.sizes.reshape(2, 2, 8).tolist(), strict=True)
-    } == expected["primes"]
+    assert {str(l): s for l, s in zip(plan.layers, plan.sizes.reshape(2, 2, 8).tolist(), strict=True)} == expected[
+        "primes"
+    ]
     ids, _ = hash_ngrams(plan, torch.tensor(expected["compressed"]))
     hashes = ids - torch.as_tensor(plan.offsets)
     for index, layer in enumerate(plan.layers):

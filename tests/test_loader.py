@@ -93,9 +93,7 @@ def test_validation_sees_every_target_once_in_order(split, batch_size, length):
             filling = batch.segments[j, used + 1 :]  # behind the split's last token, which has no target
             assert not set(filling.tolist()) & set(segments)
     targets = torch.cat([batch.targets.flatten() for batch in seen])
-    assert targets[targets != IGNORED].tolist() == sorted(
-        set(split.tokens.tolist()) - set(split.starts.tolist())
-    )
+    assert targets[targets != IGNORED].tolist() == sorted(set(split.tokens.tolist()) - set(split.starts.tolist()))
 
 
 def test_validation_stops_at_the_limit():

@@ -64,9 +64,7 @@ def test_losses_of_two_splits_are_those_of_all_documents():
     one, other = corpus(5, 0), corpus(7, 1)
     both = one + other
     assert len(both.tokens) == 12
-    assert both.mean == pytest.approx(
-        (one.nats.sum() + other.nats.sum()) / (one.tokens.sum() + other.tokens.sum())
-    )
+    assert both.mean == pytest.approx((one.nats.sum() + other.nats.sum()) / (one.tokens.sum() + other.tokens.sum()))
     assert both.bytes.sum() == one.bytes.sum() + other.bytes.sum()
 
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
 from engram_lm.memory import ConvState, Engram, EngramConfig, reference_engram

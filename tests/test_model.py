@@ -34,9 +34,7 @@ from engram_lm.model.rope import rotate
 GQA = AttentionConfig("gqa", heads=4, kv_heads=2, head_dim=8)
 MLA = AttentionConfig("mla", heads=4, nope_dim=8, rope_dim=4, value_dim=6, q_rank=12, kv_rank=10)
 MOE = MoEConfig(experts=6, active=2, shared=1, width=12, dense_layers=1)
-MEMORY = MemoryConfig(
-    HashConfig(orders=(2, 3), heads=2, rows_per_head=50, layers=(1,)), EngramConfig(row_dim=4)
-)
+MEMORY = MemoryConfig(HashConfig(orders=(2, 3), heads=2, rows_per_head=50, layers=(1,)), EngramConfig(row_dim=4))
 PLAIN = ModelConfig(vocab_size=50, dim=16, layers=3, attention=GQA, ffn_width=24)
 FULL = replace(PLAIN, attention=MLA, moe=MOE, streams=4, memory=MEMORY)
 CONFIGS = {
@@ -172,9 +170,7 @@ def test_absorbed_mla_equals_expanded(past, length, q_rank):
         torch.randn(*shape, MLA.kv_rank, dtype=torch.float64),
         torch.randn(*shape, MLA.rope_dim, dtype=torch.float64),
     )
-    torch.testing.assert_close(
-        module.absorbed(query, cache), module.expanded(query, cache), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(module.absorbed(query, cache), module.expanded(query, cache), rtol=0, atol=1e-12)
 
 
 def test_mla_absorbs_when_decoding_and_expands_when_training():
@@ -268,9 +264,7 @@ def test_grouped_linear_equals_its_loop(counts):
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
     towards = torch.randn_like(y)
     gradients = torch.autograd.grad((y * towards).sum(), (x, weight))
-    for gradient, true in zip(
-        gradients, torch.autograd.grad((expected * towards).sum(), (x, weight)), strict=True
-    ):
+    for gradient, true in zip(gradients, torch.autograd.grad((expected * towards).sum(), (x, weight)), strict=True):
         torch.testing.assert_close(gradient, true, rtol=0.02, atol=0.1)
 
 
@@ -343,9 +337,7 @@ def test_hyper_connection_starts_as_a_plain_residual_on_equal_streams():
         module.alpha.zero_()  # the static parts alone are exact
     x, write = module(h)
     torch.testing.assert_close(x, stream)
-    torch.testing.assert_close(
-        write(y), (stream + y).unsqueeze(2).expand(-1, -1, 4, -1), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(write(y), (stream + y).unsqueeze(2).expand(-1, -1, 4, -1), rtol=1e-4, atol=1e-4)
     read, written, mix = module.weights(h)
     torch.testing.assert_close(read, torch.full_like(read, 0.25))
     torch.testing.assert_close(written, torch.ones_like(written))

@@ -76,7 +76,9 @@ def test_schedule_rises_stays_and_falls():
 
 
 def tiny_model(seed=0):
-    return LanguageModel.build(replace(get_preset("tiny"), vocab_size=64, dim=32, layers=2, memory=None, ffn_width=48), seed=seed)
+    return LanguageModel.build(
+        replace(get_preset("tiny"), vocab_size=64, dim=32, layers=2, memory=None, ffn_width=48), seed=seed
+    )
 
 
 def take_steps(model, optimizer, count, seed):

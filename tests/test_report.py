@@ -63,26 +63,20 @@ def make_language(engram=-0.38, control=-0.02, interval=0.01, **changes):
 def make_facts(base=0.01, engram=0.999):
     def arm(name, final):
         recall = tuple((float(n), final * n / 10) for n in range(11))
-        return FactsArm(
-            name, 1_900_000, 0, recall, (AttributeRecall("city", final), AttributeRecall("company", final))
-        )
+        return FactsArm(name, 1_900_000, 0, recall, (AttributeRecall("city", final), AttributeRecall("company", final)))
 
     examples = (FactExample("Ada Byron Lace lives in", "Turin", "Oslo", " Turin"),)
     return FactsAct(1000, 4000, 0.01, arm("base", base), arm("engram", engram), examples)
 
 
 def make_report(language=None, facts=None, title="A run"):
-    run = RunInfo(
-        "engram-lm quickstart", 0, "2026-01-01", 263.0, "2 cores", ("torch 2.13.0",), "By bootstrap."
-    )
+    run = RunInfo("engram-lm quickstart", 0, "2026-01-01", 263.0, "2 cores", ("torch 2.13.0",), "By bootstrap.")
     return Report(title, language or make_language(), run, facts, (Command("engram-lm count tiny", "Count"),))
 
 
 def make_gates(text="def f():\n\treturn 1", layers=(1, 2), streams=1):
     pieces = [letter.encode("utf-8", "replace") for letter in text]
-    gates = torch.linspace(0.1, 0.9, len(pieces) * len(layers) * streams).reshape(
-        len(pieces), len(layers), streams
-    )
+    gates = torch.linspace(0.1, 0.9, len(pieces) * len(layers) * streams).reshape(len(pieces), len(layers), streams)
     return gate_view(pieces, gates, layers=layers, orders=(2, 3), source="a.py", seen=[[3, 1]] * len(pieces))
 
 
@@ -143,11 +137,7 @@ def test_page_asks_for_nothing_from_the_network():
     parsed = Page(render(full_report()))
     for tag, attributes in parsed.elements:
         assert tag not in {"link", "img", "iframe", "object", "embed"}
-        assert all(
-            value.startswith("#")
-            for name, value in attributes.items()
-            if name in {"src", "href", "xlink:href"}
-        )
+        assert all(value.startswith("#") for name, value in attributes.items() if name in {"src", "href", "xlink:href"})
     policy = next(meta["content"] for meta in parsed.all("meta") if "http-equiv" in meta)
     assert policy.startswith("default-src 'none'")
 

@@ -35,9 +35,7 @@ def trained(directory: Path, texts: Path, shared: bool = False) -> Training:
     settings = fit_vocabulary(config(ENGRAM), tokenizer)
     batches = Loader(data.train, settings.batch_size, settings.length)
     facts = {"tokenizer_digest": tokenizer_digest(tokenizer)}
-    return finish(
-        Training(settings, directory, batches, build_lookup(settings.model, tokenizer), facts=facts)
-    )
+    return finish(Training(settings, directory, batches, build_lookup(settings.model, tokenizer), facts=facts))
 
 
 # --- text ---------------------------------------------------------------------------------------------------
@@ -81,9 +79,7 @@ def test_files_without_text_are_told(tmp_path, texts):
 
 def test_another_text_is_refused(tmp_path, texts):
     prepare(texts, tmp_path)
-    with pytest.raises(
-        DataError, match=f"holds the tokens of {texts}, not of elsewhere; choose another --out"
-    ):
+    with pytest.raises(DataError, match=f"holds the tokens of {texts}, not of elsewhere; choose another --out"):
         prepare("elsewhere", tmp_path)
 
 
@@ -126,8 +122,7 @@ def test_a_run_loads_as_it_was_left(tmp_path, texts, shared):
     batch, _ = run.batches.next(LoaderState())
     with torch.no_grad():
         one, other = (
-            part.model.loss(batch.tokens, batch.targets, part.lookup.rows(batch.tokens)[0])
-            for part in (run, loaded)
+            part.model.loss(batch.tokens, batch.targets, part.lookup.rows(batch.tokens)[0]) for part in (run, loaded)
         )
     assert torch.equal(one, other)
     assert torch.equal(loaded.lookup.table.rows, run.lookup.table.rows)
@@ -151,9 +146,7 @@ def test_a_run_without_its_tokenizer_is_refused(tmp_path, texts):
 def test_a_run_with_another_tokenizer_is_refused(tmp_path, texts):
     trained(tmp_path / "run", texts)
     train_tokenizer(["other words"] * 9, 270).save(str(tmp_path / "run" / "tokenizer.json"))
-    with pytest.raises(
-        MismatchError, match=r"was trained with tokenizer .*every token would mean another string"
-    ):
+    with pytest.raises(MismatchError, match=r"was trained with tokenizer .*every token would mean another string"):
         load_run(tmp_path / "run")
 
 

@@ -41,9 +41,7 @@ COMPLETE = ["meta.json", "train.bin", "train.docs.npy", "val.bin", "val.docs.npy
 def test_every_document_comes_back_on_one_side(tmp_path):
     documents = corpus(500)
     seen: list[int] = []
-    data = write_shards(
-        documents, TOKENIZER, tmp_path / "d", source="words", held_out=0.1, progress=seen.append
-    )
+    data = write_shards(documents, TOKENIZER, tmp_path / "d", source="words", held_out=0.1, progress=seen.append)
     train, val = documents_of(data.split("train")), documents_of(data.split("val"))
     assert sorted(train + val) == sorted(document.text for document in documents)
     assert 20 <= len(val) <= 80
@@ -131,9 +129,7 @@ def truncate(path):
 @pytest.mark.parametrize("name", COMPLETE)
 @pytest.mark.parametrize("fault", [flip_a_byte, truncate, lambda path: path.unlink()])
 def test_damage_to_any_file_is_noticed(tmp_path, name, fault):
-    write_shards(
-        corpus(100), TOKENIZER, tmp_path, source="x" * 999
-    )  # so that the flip in meta.json hits the source
+    write_shards(corpus(100), TOKENIZER, tmp_path, source="x" * 999)  # so that the flip in meta.json hits the source
     if name == "meta.json" and fault is flip_a_byte:
         meta = json.loads((tmp_path / name).read_text())
         meta["train"]["tokens"] += 1

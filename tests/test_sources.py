@@ -232,9 +232,7 @@ def test_only_the_first_bytes_train_the_tokenizer():
     head = CODE.encode()[:1000].decode(errors="ignore")
     unlike = train_tokenizer([CODE, "zzz qqq " * 99], 300)
     assert train_tokenizer([CODE, "zzz qqq " * 99], 300, max_bytes=1000).to_str() != unlike.to_str()
-    assert (
-        train_tokenizer([CODE, "zzz"], 300, max_bytes=1000).to_str() == train_tokenizer([head], 300).to_str()
-    )
+    assert train_tokenizer([CODE, "zzz"], 300, max_bytes=1000).to_str() == train_tokenizer([head], 300).to_str()
 
 
 @settings(deadline=None)

@@ -72,20 +72,13 @@ def test_the_loss_of_the_first_step_is_the_models(tmp_path):
 
 
 def test_parts_add_up_to_the_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "engram_lm.train.optim.bf16_is_fast", lambda device: False
-    )  # a rounding would hide a mistake
+    monkeypatch.setattr("engram_lm.train.optim.bf16_is_fast", lambda device: False)  # a rounding would hide a mistake
     runs = [
-        finish(training(tmp_path / str(parts), config(EVERYTHING, accumulate=parts, steps=3)))
-        for parts in (1, 2, 4)
+        finish(training(tmp_path / str(parts), config(EVERYTHING, accumulate=parts, steps=3))) for parts in (1, 2, 4)
     ]
     for other in runs[1:]:
-        for (name, one), two in zip(
-            runs[0].model.state_dict().items(), other.model.state_dict().values(), strict=True
-        ):
-            torch.testing.assert_close(
-                one, two, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-            )
+        for (name, one), two in zip(runs[0].model.state_dict().items(), other.model.state_dict().values(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         torch.testing.assert_close(runs[0].lookup.table.rows, other.lookup.table.rows, rtol=1e-3, atol=1e-4)
         for one, two in zip(runs[0].metrics.lines, other.metrics.lines, strict=True):
             assert one["norm"] == pytest.approx(two["norm"], rel=1e-3)
@@ -115,9 +108,7 @@ def test_rows_learn_from_zero(tmp_path):
     assert rows.any()
     rate = run.config.optim.peak_table_lr * run.metrics.lines[0]["lr"]
     moved = rows[rows.any(1)]
-    torch.testing.assert_close(
-        moved.square().mean(1).sqrt(), torch.full((len(moved),), rate), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(moved.square().mean(1).sqrt(), torch.full((len(moved),), rate), rtol=1e-3, atol=0)
 
 
 def test_clipping_counts_the_rows_too(tmp_path, monkeypatch):
@@ -146,9 +137,7 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tensors = [
-            x for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)
-        ]
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
         if any(tensor.numel() >= self.rows for tensor in tensors):
             self.seen.add(function.overloadpacket.__name__)
         return result
@@ -156,9 +145,7 @@ class Sizes(TorchDispatchMode):
 
 def test_nothing_in_a_step_has_the_size_of_the_table(tmp_path):
     """No dense gradient, no optimizer pass: only gathers and scatters of rows see the table."""
-    wide = replace(
-        ENGRAM, memory=replace(ENGRAM.memory, hash=replace(ENGRAM.memory.hash, rows_per_head=25_000))
-    )
+    wide = replace(ENGRAM, memory=replace(ENGRAM.memory, hash=replace(ENGRAM.memory.hash, rows_per_head=25_000)))
     run = training(tmp_path, config(wide, checkpoint_every=0))
     run.step()  # the optimizer makes its state
     with Sizes(run.lookup.table.num_rows) as sizes:
@@ -192,8 +179,7 @@ def test_arms_differ_in_the_memory_alone(tmp_path):
 
     arms = ("base", "capacity_1", "engram")
     runs = {
-        arm: training(tmp_path / arm, config(model_of_arm(ENGRAM, arm), steps=3), batches=Recorded(arm))
-        for arm in arms
+        arm: training(tmp_path / arm, config(model_of_arm(ENGRAM, arm), steps=3), batches=Recorded(arm)) for arm in arms
     }
     base, capacity_1, engram = (dict(runs[arm].model.named_parameters()) for arm in arms)
     assert capacity_1.keys() == engram.keys()
@@ -307,9 +293,7 @@ def test_together_is_the_same_as_alone(tmp_path):
     for arm, run in runs.items():
         assert not run.model.training
         assert_same(outcome(tmp_path / "together" / arm), outcome(tmp_path / "alone" / arm))
-        training(
-            tmp_path / "together" / arm, config(MODELS[arm]), resume=True
-        ).close()  # the directory is free
+        training(tmp_path / "together" / arm, config(MODELS[arm]), resume=True).close()  # the directory is free
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------

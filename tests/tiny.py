@@ -46,10 +46,7 @@ def split(documents: int = 12, seed: int = 0) -> Split:
     """Documents that repeat a few phrases: a memory of n-grams has something to remember."""
     rng = np.random.default_rng(seed)
     phrases = rng.integers(1, VOCABULARY, (6, 5))
-    texts = [
-        np.concatenate([[0], phrases[rng.integers(6, size=rng.integers(4, 9))].ravel()])
-        for _ in range(documents)
-    ]
+    texts = [np.concatenate([[0], phrases[rng.integers(6, size=rng.integers(4, 9))].ravel()]) for _ in range(documents)]
     starts = np.cumsum([0, *map(len, texts[:-1])])
     return Split(np.concatenate(texts).astype(np.uint16), starts, np.array([len(text) - 1 for text in texts]))
 
@@ -99,10 +96,7 @@ def outcome(directory: Path) -> dict[str, Any]:
     assert newest is not None
     saved = Checkpoint(newest)
     parts = {path.stem: saved.part(path.stem) for path in newest.glob("*.safetensors")}
-    lines = [
-        {k: v for k, v in line.items() if k != "seconds"}
-        for line in read_metrics(directory / "metrics.jsonl")
-    ]
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(directory / "metrics.jsonl")]
     return {"parts": parts, "loader": saved.facts["loader"], "step": saved.facts["step"], "metrics": lines}
 
 

@@ -15,9 +15,10 @@ from rich.text import Text
 from tyro import MISSING_NONPROP
 from tyro.conf import AvoidSubcommands, Positional, arg, subcommand
 
-from . import __version__, config as configs
+from . import config as configs
 from .errors import DataError, EngramError
 from .model.presets import PRESETS, get_preset
+from .train.allocator import keep_freed_memory
 from .train.loop import TrainConfig
 
 DESCRIPTION = """engram-lm: conditional memory for language models.
@@ -261,7 +262,9 @@ def parse(arguments: Sequence[str]) -> Quickstart | Train | Evaluate | Generate 
             out.add_argument("--out", type=Path, default=Train.out)
             base = configs.load(TrainConfig, out.parse_known_args(arguments)[0].out / "config.json")
         elif "--help" not in arguments and "-h" not in arguments:
-            raise DataError(f"train what? Name a preset ({', '.join(PRESETS)}) or a configuration file: engram-lm train tiny")
+            raise DataError(
+                f"train what? Name a preset ({', '.join(PRESETS)}) or a configuration file: engram-lm train tiny"
+            )
     commands = {"quickstart": Quickstart, "train": Train, "eval": Evaluate, "generate": Generate, "count": Count}
     defaults: dict[str, Any] = {"train": Train(base)}
     either: Any = Union[  # noqa: UP007  (of as many as there are)
@@ -271,15 +274,14 @@ def parse(arguments: Sequence[str]) -> Quickstart | Train | Evaluate | Generate 
         )
     ]
     # AvoidSubcommands: a memory or a mixture of experts that the preset has is set by dotted names, like all else
-    return tyro.cli(
-        either, prog="engram-lm", description=DESCRIPTION, args=arguments, config=(AvoidSubcommands,)
-    )
+    return tyro.cli(either, prog="engram-lm", description=DESCRIPTION, args=arguments, config=(AvoidSubcommands,))
 
 
 def main() -> None:
     """Entry point of `engram-lm`."""
     try:
         command = parse(sys.argv[1:])
+        keep_freed_memory()
         sys.exit(command.run(Console()))
     except EngramError as error:
         Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)

@@ -63,7 +63,9 @@ def generate(
     if temperature < 0 or top_k < 0:
         raise ConfigError(f"temperature {temperature} and top_k {top_k} must be at least 0.")
     if prompt.shape[1] == 0:
-        raise DataError("the prompt has no tokens: there is nothing to continue. Begin with <|endoftext|> to start freely.")
+        raise DataError(
+            "the prompt has no tokens: there is nothing to continue. Begin with <|endoftext|> to start freely."
+        )
     if not 0 <= int(prompt.min()) <= int(prompt.max()) < model.config.vocab_size:
         raise DataError(
             f"the prompt's token ids run from {int(prompt.min())} to {int(prompt.max())}, but the model knows "

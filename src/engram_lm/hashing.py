@@ -200,7 +200,10 @@ def ple_multipliers(config: HashConfig, vocab_size: int) -> np.ndarray:
     """[L, N] odd int64 by splitmix64, seeded by the memory's ordinal (0, 1, ...), as in Qwen3.8-Flash-Next."""
     half = max(1, INT64_MAX // vocab_size // 2)
     rows = [
-        [2 * (splitmix64(config.seed + 10007 * ordinal + GAMMA * (lag + 1)) % half) + 1 for lag in range(config.orders[-1])]
+        [
+            2 * (splitmix64(config.seed + 10007 * ordinal + GAMMA * (lag + 1)) % half) + 1
+            for lag in range(config.orders[-1])
+        ]
         for ordinal in range(len(config.layers))
     ]
     return np.array(rows, np.int64)

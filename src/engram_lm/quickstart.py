@@ -24,7 +24,8 @@ from .analysis import report as page
 from .analysis.capture import capture_gates
 from .analysis.gates import GateView, count_ngrams, gate_view
 from .errors import CheckpointError
-from .evaluate import facts, loss as losses
+from .evaluate import facts
+from .evaluate import loss as losses
 from .evaluate.controls import DESCRIPTIONS, Arm, model_of_arm
 from .generate import generate
 from .model.count import count
@@ -53,9 +54,9 @@ class Budget:
 
 
 BUDGETS = {
-    "short": Budget(steps=40, people=512, exposures=4),
-    "standard": Budget(steps=240, people=4096, exposures=12),
-    "long": Budget(steps=2000, people=16_384, exposures=20),
+    "short": Budget(steps=30, people=1024, exposures=4),
+    "standard": Budget(steps=160, people=16_384, exposures=8),
+    "long": Budget(steps=2000, people=65_536, exposures=10),
 }
 
 
@@ -138,7 +139,7 @@ class Language:
 
     def train(self) -> bool:
         """Train the arms side by side; False when interrupted."""
-        return train_together(dict(self.runs))
+        return train_together({str(arm): run for arm, run in self.runs.items()})
 
     def _quick_loss(self, model: LanguageModel, lookup: Lookup | None) -> dict[str, float]:
         batches = windows(self.data.val, 32, self.length, self.eval_windows)
@@ -166,7 +167,7 @@ class Language:
         run = self.runs[arm]
         size = count(run.config.model, context=self.length)
         steps = [line for line in run.metrics.lines if "loss" in line]
-        seconds = {name: median_seconds(other) for name, other in self.runs.items()}
+        seconds, base_seconds = step_seconds(run), step_seconds(self.runs["base"])
         delta, delta_interval = losses.difference(measured, base) if arm != "base" else (None, None)
         return page.Arm(
             name=arm.replace("_", "-"),
@@ -181,8 +182,8 @@ class Language:
             val_loss=measured.mean,
             val_interval=measured.interval,
             bits_per_byte=measured.bits_per_byte,
-            tokens_per_second=self.batch_size * self.length / seconds[arm],
-            step_ratio=seconds[arm] / seconds["base"],
+            tokens_per_second=self.batch_size * self.length / float(np.median(seconds)),
+            step_ratio=float(np.median(seconds / base_seconds)),  # of the same moment: arms take turns
             delta=delta,
             delta_interval=delta_interval,
         )
@@ -197,7 +198,9 @@ class Language:
 
     def _sample(self, prompt: torch.Tensor) -> page.Sample:
         run = self.runs["engram"]
-        written = generate(run.model, run.lookup, prompt[None], 160, temperature=0.8, top_k=40, seed=self.seed)[0]
+        written = generate(
+            run.model, run.lookup, prompt[None].to(run.device), 160, temperature=0.8, top_k=40, seed=self.seed
+        )[0]
         return page.Sample(
             prompt=self.tokenizer.decode(prompt.tolist()),
             continuation=self.tokenizer.decode(written[len(prompt) :].tolist()),
@@ -211,8 +214,8 @@ class Language:
         memory = run.config.model.memory.hash
         canonical = run.lookup.vocabulary(torch.from_numpy(self.data.train.tokens.astype(np.int64)))
         return gate_view(
-            [piece_bytes(self.tokenizer.id_to_token(token)) for token in tokens.tolist()],
-            capture_gates(run.model, run.lookup, tokens),
+            [piece_bytes(self.tokenizer.id_to_token(token) or "") for token in tokens.tolist()],
+            capture_gates(run.model, run.lookup, tokens.to(run.device)),
             layers=memory.layers,
             orders=memory.orders,
             source=source,
@@ -223,23 +226,24 @@ class Language:
 class Facts:
     """Act two: made-up people, learned with and without a memory in equally many exposures."""
 
-    batch_size = 256
+    steps_per_exposure = 32
 
     def __init__(self, model: ModelConfig, budget: Budget, directory: Path, seed: int) -> None:
         self.people = facts.People.invent(budget.people, seed)
         tokenizer = self.people.tokenizer()
         model = replace(model, vocab_size=len(self.people.words))
-        batches = facts.Exposures(self.people, self.batch_size, seed)
+        batches = facts.Exposures(self.people, budget.people // self.steps_per_exposure, seed)
+        asked = self.people.first(2048)  # for the curve; the final figure asks about everyone
         self.configs = {
             arm: TrainConfig(
                 model=model_of_arm(model, arm),
                 optim=OptimConfig(),
-                steps=batches.steps_per_epoch * budget.exposures,
-                batch_size=self.batch_size,
+                steps=self.steps_per_exposure * budget.exposures,
+                batch_size=batches.batch_size,
                 length=facts.SENTENCE - 1,
                 seed=seed,
-                eval_every=batches.steps_per_epoch,
-                checkpoint_every=0,
+                eval_every=self.steps_per_exposure,
+                checkpoint_every=self.steps_per_exposure * 2,
                 keep_checkpoints=1,
             )
             for arm in ("base", "engram")
@@ -250,13 +254,12 @@ class Facts:
                 directory / arm,
                 batches,
                 build_lookup(config.model, tokenizer),
-                evaluate=lambda model, lookup: facts.recall(model, lookup, self.people),
+                evaluate=lambda model, lookup: facts.recall(model, lookup, asked),
                 facts={"tokenizer_digest": tokenizer_digest(tokenizer)},
                 resume=True,
             )
             for arm, config in self.configs.items()
         }
-        self.steps_per_epoch = batches.steps_per_epoch
 
     @property
     def title(self) -> str:
@@ -265,13 +268,15 @@ class Facts:
 
     def train(self) -> bool:
         """Train both arms side by side; False when interrupted."""
-        return train_together(dict(self.runs))
+        return train_together({str(arm): run for arm, run in self.runs.items()})
 
     def result(self, shown: int = 6) -> page.FactsAct:
         """Recall over exposures, and some questions with both models' answers."""
         chosen = torch.arange(shown)
         attributes = chosen % len(facts.ATTRIBUTES)
-        questions = torch.cat([self.people.questions(int(a))[i : i + 1] for i, a in zip(chosen, attributes, strict=True)])
+        questions = torch.cat(
+            [self.people.questions(int(a))[i : i + 1] for i, a in zip(chosen, attributes, strict=True)]
+        )
         said = {arm: facts.answers(run.model, run.lookup, questions) for arm, run in self.runs.items()}
         words = self.people.words
         examples = tuple(
@@ -296,27 +301,32 @@ class Facts:
     def _arm(self, arm: Arm) -> page.FactsArm:
         run = self.runs[arm]
         size = count(run.config.model)
-        measured = [line for line in run.metrics.lines if "recall" in line]
+        curve = [
+            (line["step"] / self.steps_per_exposure, line["recall"]) for line in run.metrics.lines if "recall" in line
+        ]
+        final = facts.recall(run.model, run.lookup, self.people)
         return page.FactsArm(
             name=arm,
             parameters=size.total,
             table_parameters=size.tables,
-            recall=tuple((line["step"] / self.steps_per_epoch, line["recall"]) for line in measured),
-            by_attribute=tuple(page.AttributeRecall(name, measured[-1][name]) for name in facts.ATTRIBUTES),
+            recall=(*curve[:-1], (curve[-1][0], final["recall"])),
+            by_attribute=tuple(page.AttributeRecall(name, final[name]) for name in facts.ATTRIBUTES),
         )
 
 
 # --- shared by both acts --------------------------------------------------------------------------------------------
 
 
-def median_seconds(run: Training) -> float:
-    """Median time of a step."""
-    return float(np.median([line["seconds"] for line in run.metrics.lines if "seconds" in line]))
+def step_seconds(run: Training) -> np.ndarray:
+    """Time of each step [steps]."""
+    return np.array([line["seconds"] for line in run.metrics.lines if "seconds" in line])
 
 
 def run_info(seed: int, wall_seconds: float) -> page.RunInfo:
     """Where the figures come from."""
-    device = "GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
+    device = (
+        "GPU " + torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
+    )
     return page.RunInfo(
         command=" ".join(["engram-lm", *sys.argv[1:]]),
         seed=seed,

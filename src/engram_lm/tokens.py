@@ -113,14 +113,15 @@ def fold(tokenizer: Tokenizer) -> np.ndarray:
     texts = tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=False)
     canonical: dict[str, int] = {}
     return np.array(
-        [canonical.setdefault(_key(tokenizer, token, text), len(canonical)) for token, text in enumerate(texts)], np.int64
+        [canonical.setdefault(_key(tokenizer, token, text), len(canonical)) for token, text in enumerate(texts)],
+        np.int64,
     )
 
 
 def _key(tokenizer: Tokenizer, token: int, text: str) -> str:
     """What is compared: the normal form; the text where that is empty; the raw token for a character's fragment."""
     if REPLACEMENT in text:
-        return tokenizer.id_to_token(token)
+        return str(tokenizer.id_to_token(token))
     return NORMALIZER.normalize_str(text) or text
 
 

@@ -112,9 +112,7 @@ def _frame_after_first_tenth(axes: Axes) -> None:
     axes.set_ylim(late.min() - margin, late.max() + margin)
 
 
-def _label_ends(
-    axes: Axes, ends: Sequence[tuple[float, float]], labels: Sequence[str], colours: Sequence[str]
-) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float]], labels: Sequence[str], colours: Sequence[str]) -> None:
     """Write each line's label at its end, pushed up where two would overlap."""
     low, high = axes.get_ylim()
     right = max(x for x, _ in ends)

@@ -28,10 +28,7 @@ def language(act: LanguageAct) -> list[str]:
 def _loss(act: LanguageAct) -> str:
     engram = act.engram
     difference = plus_minus(abs(engram.delta or 0.0), engram.delta_interval)
-    losses = (
-        f"held-out loss is {engram.val_loss:.3f} nats a token with the memory "
-        f"and {act.base.val_loss:.3f} without"
-    )
+    losses = f"held-out loss is {engram.val_loss:.3f} nats a token with the memory and {act.base.val_loss:.3f} without"
     match outcome(engram):
         case "better":
             return f"On the same batches, {losses}: the memory lowers it by {difference}."
@@ -61,9 +58,7 @@ def _control(act: LanguageAct) -> str:
         case "better":
             share = (control.delta or 0.0) / (engram.delta or 1.0)
             if share >= 1:
-                return (
-                    f"{intro} It gains as much ({difference}): what helped is the branch, not the looking up."
-                )
+                return f"{intro} It gains as much ({difference}): what helped is the branch, not the looking up."
             source = "most" if share < 0.5 else "less than half"
             return (
                 f"{intro} It recovers {percent(share)} of the gain ({difference}), "

@@ -14,7 +14,7 @@ independent, so a model that knows only their frequencies recalls about one in a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ SUBJECTS = (
     "phonetics physics physiology poetry politics psychology rhetoric robotics sculpture seismology sociology statistics "
     "surveying theatre theology topology toxicology virology zoology"
 ).split()
-SIZES = {"first": 400, "middle": 400, "last": 1000, "city": 600, "university": 600, "company": 600}
+SIZES = {"first": 200, "middle": 200, "last": 400, "city": 500, "university": 500, "company": 500}
 SENTENCE = 4 + 3 * len(ATTRIBUTES)  # <|endoftext|>, three names; then phrase, value and full stop for each attribute
 
 
@@ -64,13 +64,19 @@ class People:
             columns[kind] = np.arange(len(words), len(words) + len(pool))
             words += pool
         parts = np.unravel_index(distinct(rng, possible, count), (SIZES["first"], SIZES["middle"], SIZES["last"]))
-        names = np.stack([columns[kind][part] for kind, part in zip(("first", "middle", "last"), parts, strict=True)], axis=1)
+        names = np.stack(
+            [columns[kind][part] for kind, part in zip(("first", "middle", "last"), parts, strict=True)], axis=1
+        )
         values = np.stack([rng.choice(columns[kind], count) for kind in ATTRIBUTES], axis=1)
         phrases = torch.arange(2, 2 + len(ATTRIBUTES))
         return People(tuple(words), phrases, torch.from_numpy(names), torch.from_numpy(values))
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def first(self, count: int) -> People:
+        """The first `count` of them, with the same words: enough for a curve."""
+        return replace(self, names=self.names[:count], values=self.values[:count])
 
     def tokenizer(self) -> Tokenizer:
         """A tokenizer whose tokens are the words; it serves the canonical vocabulary and decodes answers."""
@@ -110,7 +116,11 @@ def distinct(rng: np.random.Generator, possible: int, count: int) -> np.ndarray:
 
 def invented_words(rng: np.random.Generator, count: int) -> Iterator[str]:
     """`count` different pronounceable words."""
-    onsets, vowels, codas = "b d f g h k l m n p r s t v z br dr gr kl st tr".split(), "a e i o u".split(), "l m n r s".split()
+    onsets, vowels, codas = (
+        "b d f g h k l m n p r s t v z br dr gr kl st tr".split(),
+        "a e i o u".split(),
+        "l m n r s".split(),
+    )
     found: dict[str, None] = {}
     while len(found) < count:
         syllables = [rng.choice(onsets) + rng.choice(vowels) for _ in range(rng.integers(2, 4))]
@@ -163,7 +173,9 @@ def recall(model: LanguageModel, lookup: Lookup | None, people: People, batch_si
         right = [
             answers(model, lookup, questions) == values
             for questions, values in zip(
-                people.questions(attribute).split(batch_size), people.values[:, attribute].split(batch_size), strict=True
+                people.questions(attribute).split(batch_size),
+                people.values[:, attribute].split(batch_size),
+                strict=True,
             )
         ]
         result[name] = float(torch.cat(right).float().mean())

@@ -71,9 +71,7 @@ def difference(losses: Losses, base: Losses) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def measure(
-    model: LanguageModel, lookup: Lookup | None, batches: Iterable[Batch], token_bytes: Tensor
-) -> Losses:
+def measure(model: LanguageModel, lookup: Lookup | None, batches: Iterable[Batch], token_bytes: Tensor) -> Losses:
     """Losses of a model on evaluation batches (`windows` of a split). token_bytes: [V], see `bytes_of_tokens`."""
     device = model.embedding.weight.device
     nats, tokens, sizes = (np.zeros(0) for _ in range(3))

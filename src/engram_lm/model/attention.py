@@ -46,24 +46,18 @@ class AttentionConfig:
         needed, foreign = (gqa, (*mla, "q_rank")) if self.kind == "gqa" else (mla, gqa)
         for name in ("heads", *needed):
             if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"attention.{name} must be at least 1 for {self.kind}, got {getattr(self, name)}."
-                )
+                raise ConfigError(f"attention.{name} must be at least 1 for {self.kind}, got {getattr(self, name)}.")
         for name in foreign:
             if getattr(self, name):
                 raise ConfigError(
                     f"attention.{name} means nothing to {self.kind} and would have been ignored silently."
                 )
         if self.kind == "gqa" and self.heads % self.kv_heads:
-            raise ConfigError(
-                f"attention: {self.heads} heads cannot share {self.kv_heads} kv_heads: choose a divisor."
-            )
+            raise ConfigError(f"attention: {self.heads} heads cannot share {self.kv_heads} kv_heads: choose a divisor.")
         if self.q_rank < 0:
             raise ConfigError(f"attention.q_rank must be at least 0, got {self.q_rank}.")
         if (self.head_dim or self.rope_dim) % 2:
-            raise ConfigError(
-                "attention: RoPE turns channels in pairs, so head_dim and rope_dim must be even."
-            )
+            raise ConfigError("attention: RoPE turns channels in pairs, so head_dim and rope_dim must be even.")
         if self.rope_theta <= 0:
             raise ConfigError(f"attention.rope_theta must be positive, got {self.rope_theta}.")
 
@@ -95,9 +89,7 @@ class LatentCache(NamedTuple):
 Cache = KeyValueCache | LatentCache
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Attention of query [B, T, H, d] to key [B, S, G, d] and value [B, S, G, e] -> [B, T, H, e].
 
     Each of the G key heads serves H/G query heads. mask: [B, 1, T, S] bool, True where a query may look; None
@@ -237,9 +229,7 @@ class LatentAttention(nn.Module):
         return absorbed < expanded
 
 
-def build_attention(
-    config: AttentionConfig, dim: int, norm_eps: float
-) -> GroupedQueryAttention | LatentAttention:
+def build_attention(config: AttentionConfig, dim: int, norm_eps: float) -> GroupedQueryAttention | LatentAttention:
     """The attention layer that `config.kind` names."""
     kind = GroupedQueryAttention if config.kind == "gqa" else LatentAttention
     return kind(config, dim, norm_eps)

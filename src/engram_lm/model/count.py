@@ -45,9 +45,7 @@ class Count:
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and value of each line of the printed table, without the parts that the model lacks."""
-        parts = [
-            (f"  {name}", _short(getattr(self, name))) for name in (*PARTS, "tables") if getattr(self, name)
-        ]
+        parts = [(f"  {name}", _short(getattr(self, name))) for name in (*PARTS, "tables") if getattr(self, name)]
         lines = [
             ("parameters", _short(self.total)),
             *parts,

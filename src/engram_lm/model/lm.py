@@ -114,9 +114,7 @@ class Block(nn.Module):
         self.memory = None
         if config.memory and layer in config.memory.hash.layers:
             rows_per_token = config.memory.hash.rows_per_token
-            self.memory = Engram(
-                config.memory.engram, dim=dim, streams=streams, rows_per_token=rows_per_token
-            )
+            self.memory = Engram(config.memory.engram, dim=dim, streams=streams, rows_per_token=rows_per_token)
         self.attention_connection = build_connection(dim, streams, eps)
         self.attention_norm = RMSNorm(dim, eps)
         self.attention = build_attention(config.attention, dim, eps)
@@ -236,9 +234,7 @@ class LanguageModel(nn.Module):
         hidden, _ = self(tokens, rows, segments=segments)
         logits = self.logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction
-        )
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
     @torch.no_grad()
@@ -293,9 +289,7 @@ class LanguageModel(nn.Module):
         memory = self.config.memory
         if memory is None:
             if rows is not None:
-                raise MismatchError(
-                    "rows were given to a model without a memory: they would have changed nothing."
-                )
+                raise MismatchError("rows were given to a model without a memory: they would have changed nothing.")
             return
         if rows is None:
             raise MismatchError(

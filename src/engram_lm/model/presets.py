@@ -29,7 +29,7 @@ TINY = ModelConfig(
     attention=AttentionConfig("gqa", heads=4, kv_heads=4, head_dim=32),
     ffn_width=384,
     memory=MemoryConfig(
-        HashConfig(orders=(2, 3), heads=4, rows_per_head=50_000, layers=(1,), pad_id=0),
+        HashConfig(orders=(2, 3), heads=4, rows_per_head=100_000, layers=(1,), pad_id=0),
         EngramConfig(row_dim=32, conv_dilation=3),
     ),
 )
@@ -51,16 +51,12 @@ DENSE_4B = ModelConfig(
     vocab_size=129_280,
     dim=2560,
     layers=30,
-    attention=AttentionConfig(
-        "mla", heads=32, nope_dim=128, rope_dim=64, value_dim=128, q_rank=768, kv_rank=512
-    ),
+    attention=AttentionConfig("mla", heads=32, nope_dim=128, rope_dim=64, value_dim=128, q_rank=768, kv_rank=512),
     ffn_width=11_904,
     streams=4,
 )
 
-MOE_27B = replace(
-    DENSE_4B, ffn_width=8192, moe=MoEConfig(experts=72, active=6, shared=2, width=1536, dense_layers=1)
-)
+MOE_27B = replace(DENSE_4B, ffn_width=8192, moe=MoEConfig(experts=72, active=6, shared=2, width=1536, dense_layers=1))
 
 
 def _with_engram(rows_per_head: int) -> ModelConfig:

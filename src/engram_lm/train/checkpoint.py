@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: written aside, synced, then renamed. A manifest holds every file's checksum.
 
-    checkpoints/step-000400/  model.safetensors  optimizer.safetensors  table.safetensors  facts.json  manifest.json
+checkpoints/step-000400/  model.safetensors  optimizer.safetensors  table.safetensors  facts.json  manifest.json
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def save(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], facts:
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         for name, tensors in parts.items():
-            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
+            save_file(
+                {key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors"
+            )
         (partial / FACTS).write_text(json.dumps({"step": step, **facts}, indent=1), encoding="utf-8")
         files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(files, separators=(",", ":")), encoding="utf-8")

@@ -80,8 +80,7 @@ class Loader:
         n = self.num_windows
         epochs, places = np.divmod(state.epoch * n + state.index + np.arange(self.batch_size), n)
         window = [
-            permuted(places[epochs == epoch], n, (self.seed, epoch))
-            for epoch in range(state.epoch, epochs[-1] + 1)
+            permuted(places[epochs == epoch], n, (self.seed, epoch)) for epoch in range(state.epoch, epochs[-1] + 1)
         ]
         after = LoaderState(*divmod(state.epoch * n + state.index + self.batch_size, n))
         return _batch(self.split, np.concatenate(window), self.length), after

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .. import __version__, config as configs
+from .. import __version__
+from .. import config as configs
 from ..errors import CheckpointError, ConfigError, MismatchError, TrainingError
 from ..model.lm import LanguageModel, ModelConfig
 from ..model.lookup import Leaf, Lookup
@@ -182,7 +183,11 @@ class Training:
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
         if self.lookup:
             parts["table"] = self.lookup.table.state()
-        facts = {**self.identity, "loader": asdict(self.loader_state), "environment": environment(self.config, self.device)}
+        facts = {
+            **self.identity,
+            "loader": asdict(self.loader_state),
+            "environment": environment(self.config, self.device),
+        }
         checkpoints.save(
             self.directory / "checkpoints", self.done_steps, parts, facts, keep=self.config.keep_checkpoints
         )
@@ -297,7 +302,9 @@ def explain_mismatch(name: str, saved: Any, given: Any) -> str:
     """Say which setting differs and what would have happened."""
     if name == "config":
         changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(saved, given)]
-        return f"was trained with another configuration ({'; '.join(changed)}). The run would not be the one it continues."
+        return (
+            f"was trained with another configuration ({'; '.join(changed)}). The run would not be the one it continues."
+        )
     if "digest" in name:
         return (
             f"its {name.replace('_', ' ')} is {saved}, this run's is {given}: with another tokenizer or plan every token would "

@@ -30,10 +30,10 @@ class OptimConfig:
     """
 
     lr: float = 5e-3
-    table_lr: float = 10.0
+    table_lr: float = 80.0
     weight_decay: float = 0.1
     warmup: float = 0.05
-    decay: float = 0.5
+    decay: float = 0.4
     final: float = 0.05
     momentum: float = 0.95
     betas: tuple[float, ...] = (0.9, 0.95)
@@ -111,7 +111,12 @@ class Optimizer:
                 self.adamw_names.append(name)
         self.momenta = {name: torch.zeros_like(parameter) for name, parameter in self.muon.items()}
         groups = [
-            {"params": parameters, "lr": lr * config.lr, "peak": lr * config.lr, "weight_decay": decay * config.weight_decay}
+            {
+                "params": parameters,
+                "lr": lr * config.lr,
+                "peak": lr * config.lr,
+                "weight_decay": decay * config.weight_decay,
+            }
             for (lr, decay), parameters in adamw.items()
         ]
         self.adamw = torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=1e-10, fused=True)

@@ -1,9 +1,9 @@
 """From text to a run directory, and from a run directory back to a model.
 
-    DIRECTORY/
-      tokenizer.json   shards/         the text's tokenizer and tokens (here or one directory up, shared by sibling runs)
-      config.json      metrics.jsonl   everything needed to run it again; a line a step or evaluation
-      checkpoints/step-000400/         model, optimizer, table; their facts and checksums
+DIRECTORY/
+  tokenizer.json   shards/         the text's tokenizer and tokens (here or one directory up, shared by sibling runs)
+  config.json      metrics.jsonl   everything needed to run it again; a line a step or evaluation
+  checkpoints/step-000400/         model, optimizer, table; their facts and checksums
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def prepare_text(
     *,
     tokenizer: str = "",
     vocab_size: int = 4096,
-    held_out: float = 0.03,
+    held_out: float = 0.05,
     say: Callable[[str], None] = print,
 ) -> tuple[TokenData, Tokenizer]:
     """Tokenizer and token shards of a text source in `directory`, made unless an earlier start left them there.
@@ -42,14 +42,25 @@ def prepare_text(
     tokenizer: a file, directory or hub name; "" trains a byte-level BPE of `vocab_size` on every fourth document.
     Raises DataError when `directory` holds the tokens of another source, MismatchError when another tokenizer made them.
     """
+    with checkpoints.claim(directory):
+        return _prepare(source, directory, tokenizer, vocab_size, held_out, say)
+
+
+def _prepare(
+    source: str, directory: Path, tokenizer: str, vocab_size: int, held_out: float, say: Callable[[str], None]
+) -> tuple[TokenData, Tokenizer]:
     kept = directory / "tokenizer.json"
     if kept.exists() and (directory / "shards" / "meta.json").exists():
         found = load_tokenizer(kept)
         data = open_shards(directory / "shards", tokenizer_digest(found))
         if source and data.meta.source != source:
-            raise DataError(f"{directory} holds the tokens of {data.meta.source}, not of {source}; choose another --out.")
+            raise DataError(
+                f"{directory} holds the tokens of {data.meta.source}, not of {source}; choose another --out."
+            )
         if tokenizer and tokenizer_digest(load_tokenizer(tokenizer)) != data.meta.tokenizer:
-            raise MismatchError(f"{directory} holds tokens of another tokenizer than {tokenizer}; choose another --out.")
+            raise MismatchError(
+                f"{directory} holds tokens of another tokenizer than {tokenizer}; choose another --out."
+            )
         return data, found
     if not source:
         raise DataError(f"{directory} holds no text yet: name a source with --data.")
@@ -102,12 +113,16 @@ def load_run(directory: Path, device: str = "auto") -> TrainedModel:
     """
     newest = checkpoints.latest(directory / "checkpoints")
     if newest is None:
-        raise CheckpointError(f"{directory} holds no checkpoint: it is not a run directory, or the run has not saved one yet.")
+        raise CheckpointError(
+            f"{directory} holds no checkpoint: it is not a run directory, or the run has not saved one yet."
+        )
     saved = checkpoints.Checkpoint(newest)
     config = configs.from_dict(TrainConfig, saved.facts["config"], str(newest))
     path = beside(directory, "tokenizer.json")
     if not path.exists():
-        raise CheckpointError(f"{directory} holds a run without a tokenizer.json: its tokens could not be told from text.")
+        raise CheckpointError(
+            f"{directory} holds a run without a tokenizer.json: its tokens could not be told from text."
+        )
     tokenizer = load_tokenizer(path)
     if saved.facts.get("tokenizer_digest") != tokenizer_digest(tokenizer):
         raise MismatchError(
@@ -120,7 +135,9 @@ def load_run(directory: Path, device: str = "auto") -> TrainedModel:
     lookup = build_lookup(config.model, tokenizer, where)
     if lookup:
         if saved.facts["address_digest"] != lookup.digest:
-            raise MismatchError(f"{newest}: {explain_mismatch('address_digest', saved.facts['address_digest'], lookup.digest)}")
+            raise MismatchError(
+                f"{newest}: {explain_mismatch('address_digest', saved.facts['address_digest'], lookup.digest)}"
+            )
         lookup.table.load_state(saved.part("table"))
     return TrainedModel(config, model.eval(), lookup, tokenizer, where, int(saved.facts["step"]))
 

@@ -161,9 +161,7 @@ def write_shards(
     return open_shards(directory, verify=False)
 
 
-def open_shards(
-    directory: str | Path, tokenizer_digest: str | None = None, *, verify: bool = True
-) -> TokenData:
+def open_shards(directory: str | Path, tokenizer_digest: str | None = None, *, verify: bool = True) -> TokenData:
     """Open the shards in `directory`; the tokens stay on disk.
 
     Args:
