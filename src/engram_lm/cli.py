@@ -105,6 +105,7 @@ class Train:
             evaluate=evaluate,
             facts={"tokenizer_digest": tokenizer_digest(tokenizer), "text": data.meta.train.tokens_crc32},
             resume=self.resume,
+            tensorboard=True,
         )
         if not train(training, label=self.out.name):
             console.print(f"Stopped and saved. Go on with: engram-lm train --resume --out {self.out}", soft_wrap=True)

@@ -55,7 +55,7 @@ class Budget:
 
 BUDGETS = {
     "short": Budget(steps=30, people=1024, exposures=4),
-    "standard": Budget(steps=160, people=16_384, exposures=8),
+    "standard": Budget(steps=200, people=16_384, exposures=7),
     "long": Budget(steps=2000, people=65_536, exposures=10),
 }
 
@@ -98,6 +98,7 @@ class Language:
         self, source: str, model: ModelConfig, budget: Budget, directory: Path, seed: int, console: Console
     ) -> None:
         self.directory, self.seed = directory, seed
+        self.name = "the source of Python's standard library" if source == standard_library() else source
         self.data, self.tokenizer = prepare_text(source, directory, vocab_size=model.vocab_size, say=console.print)
         self.token_bytes = losses.bytes_of_tokens(self.tokenizer)
         optim = OptimConfig()
@@ -109,7 +110,7 @@ class Language:
                 batch_size=self.batch_size,
                 length=self.length,
                 seed=seed,
-                eval_every=max(1, budget.steps // 6),
+                eval_every=max(1, budget.steps // 5),
                 checkpoint_every=max(1, budget.steps // 3),
                 keep_checkpoints=1,
             )
@@ -133,7 +134,7 @@ class Language:
     def title(self) -> str:
         """What is about to happen, for the terminal."""
         return (
-            f"Act one, language: {', '.join(ARMS)} on identical batches of {self.data.meta.source} "
+            f"Act one, language: {', '.join(ARMS)} on identical batches of {self.name} "
             f"({len(self.data.train.tokens):,} tokens, {len(self.data.val.starts)} files held out)"
         )
 
@@ -155,11 +156,11 @@ class Language:
         arms = {arm: self._arm(arm, measured[arm], measured["base"]) for arm in ARMS}
         text, start = self._held_out_snippet()
         return page.LanguageAct(
-            data=self.data.meta.source,
+            data=f"{self.name} ({len(self.data.train.tokens):,} tokens to draw from)",
             base=arms["base"],
             capacity_1=arms["capacity_1"],
             engram=arms["engram"],
-            sample=self._sample(text[:24]),
+            sample=self._sample(text[:32]),
             gates=self._gates(text, start),
         )
 
@@ -189,12 +190,19 @@ class Language:
         )
 
     def _held_out_snippet(self, tokens: int = 240) -> tuple[torch.Tensor, str]:
-        """The beginning of the held-out document that is nearest to the middle in length; its ids and its name."""
+        """Token ids from the middle of the held-out document of median length, from a line's start on, and their place."""
         val = self.data.val
         lengths = np.diff(np.append(val.starts, len(val.tokens)))
-        start = int(val.starts[np.argsort(lengths)[len(lengths) // 2]])
-        ids = val.tokens[start : start + tokens].astype(np.int64)
-        return torch.from_numpy(ids), "a held-out file"
+        document = int(np.argsort(lengths)[len(lengths) // 2])
+        first, last = int(val.starts[document]), int(val.starts[document] + lengths[document])
+        newlines = [
+            token for token in set(val.tokens[first:last].tolist()) if self.tokenizer.decode([token]).endswith("\n")
+        ]
+        starts = first + 1 + np.flatnonzero(np.isin(val.tokens[first : last - 1], newlines))
+        middle = starts[starts <= max(first + int(lengths[document]) // 2, last - tokens)]
+        start = int(middle[-1]) if len(middle) else first
+        ids = val.tokens[start : min(start + tokens, last)].astype(np.int64)
+        return torch.from_numpy(ids), f"from held-out document {document + 1} of {len(lengths)}"
 
     def _sample(self, prompt: torch.Tensor) -> page.Sample:
         run = self.runs["engram"]

@@ -46,7 +46,7 @@ def _control(act: LanguageAct) -> str:
     difference = signed(control.delta or 0.0, control.delta_interval)
     intro = (
         f"The control, {control.name}, has the same parameters in the branch, "
-        f"but every n-gram reads one and the same row."
+        f"but every n-gram reads the same rows, one for each head."
     )
     if outcome(engram) != "better":
         return f"{intro} It differs from {act.base.name} by {difference}."

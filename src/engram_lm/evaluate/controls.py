@@ -12,7 +12,7 @@ Arm = Literal["base", "capacity_1", "engram"]
 
 DESCRIPTIONS: dict[str, str] = {
     "base": "the backbone alone",
-    "capacity_1": "the same branch with the same parameters, but every n-gram reads the same row: a memory of size one",
+    "capacity_1": "the same branch with the same parameters, but every n-gram reads the same rows, one a head",
     "engram": "the backbone with its memory",
 }
 

@@ -82,6 +82,7 @@ class Training:
     lookup: the memory's vocabulary, plan and table; None for a model without one. evaluate: called every `eval_every`
     steps and at the end; what it returns joins the metrics. facts: names and digests kept in every checkpoint and
     compared on resume (the tokenizer's digest, say). resume: go on from the newest checkpoint, if there is one.
+    tensorboard: write event files too, where TensorBoard is installed.
 
     Raises CheckpointError (directory in use, or holding a run already; disk full; corrupt checkpoint), MismatchError
     (resuming with another configuration, tokenizer or plan) and TrainingError (a loss that is not finite).
@@ -97,6 +98,7 @@ class Training:
         evaluate: Evaluate | None = None,
         facts: dict[str, Any] | None = None,
         resume: bool = False,
+        tensorboard: bool = False,
     ) -> None:
         self.config, self.directory, self.batches, self.lookup = config, directory, batches, lookup
         self.evaluate = evaluate
@@ -118,7 +120,7 @@ class Training:
                 self._restore(newest)
             else:  # a run killed before its first checkpoint begins again
                 start_directory(directory, config, again=resume)
-            self.metrics = Metrics(directory / "metrics.jsonl", after=self.done_steps)
+            self.metrics = Metrics(directory / "metrics.jsonl", after=self.done_steps, tensorboard=tensorboard)
         except BaseException:
             self.claim.close()
             raise
@@ -216,6 +218,8 @@ class Training:
     def close(self) -> None:
         """Release the directory and leave the model ready to be used."""
         self.model.eval()
+        if self.metrics.board:
+            self.metrics.board.close()
         self.claim.close()
 
     def _not_finite(self, loss: float, norm: float) -> str:
@@ -325,14 +329,18 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
 class Metrics:
     """metrics.jsonl: a line a step or evaluation. On resume, lines after the checkpoint are dropped; they come again."""
 
-    def __init__(self, path: Path, after: int) -> None:
+    def __init__(self, path: Path, after: int, tensorboard: bool = False) -> None:
         self.path = path
+        self.board = summary_writer(path.parent / "tensorboard", after) if tensorboard else None
         self.lines = [line for line in read_metrics(path) if line["step"] <= after]
         checkpoints.write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, **values: Any) -> None:
         """Append a line and hand it to the operating system. Raises CheckpointError when the disk is full."""
         self.lines.append(values)
+        if self.board:
+            for name in values.keys() - {"step", "tokens"}:
+                self.board.add_scalar(name, values[name], values["step"])
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -340,6 +348,15 @@ class Metrics:
             raise CheckpointError(
                 f"{self.path}: cannot be written ({error}). Checkpoints are intact; make room and go on with --resume."
             ) from None
+
+
+def summary_writer(directory: Path, after: int) -> Any:
+    """TensorBoard's writer, which drops what came after step `after`; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(directory, purge_step=after + 1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ def load_run(directory: Path, device: str = "auto") -> TrainedModel:
             f"{directory} holds a run without a tokenizer.json: its tokens could not be told from text."
         )
     tokenizer = load_tokenizer(path)
-    if saved.facts.get("tokenizer_digest") != tokenizer_digest(tokenizer):
+    if saved.facts.get("tokenizer_digest") not in (None, tokenizer_digest(tokenizer)):
         raise MismatchError(
             f"{newest} was trained with tokenizer {saved.facts.get('tokenizer_digest')}, the one beside it is "
             f"{tokenizer_digest(tokenizer)}: every token would mean another string."
