@@ -36,7 +36,7 @@ DESCRIPTION = """engram-lm: conditional memory for language models.
 class Quickstart:
     """See what a memory does, in a few minutes and without a download: two experiments and one report.
 
-    Act one trains three small models side by side on the same text: without a memory, with a memory of a single row
+    Act one trains three small models side by side on the same text: without a memory, with a memory of one row a head
     (the control), and with a memory. Act two has them learn made-up people. The report explains what you see.
     """
 
@@ -63,7 +63,7 @@ class Quickstart:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model; every setting of the preset or configuration file can be overridden by its dotted name.
+    """Train a model: engram-lm train PRESET_OR_CONFIG.json --data TEXT. Every setting has a dotted name that overrides it.
 
     The run directory holds config.json, metrics.jsonl and checkpoints. Killed at any moment, it goes on bit-identically:
     engram-lm train --resume --out DIR

@@ -34,26 +34,34 @@ from .precision import Precision, autocast, resolve
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run, with everything needed to run it again.
-
-    batch_size: sequences a step; length: tokens a sequence; accumulate: parts that a step's batch is computed in;
-    eval_every and checkpoint_every: steps between them, 0 for only at the end.
-    """
+    """One run, with everything needed to run it again."""
 
     model: ModelConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: int = 400
+    """Optimizer steps."""
     batch_size: int = 16
+    """Sequences a step."""
     length: int = 256
+    """Tokens a sequence."""
     accumulate: int = 1
+    """Parts that a step's batch is computed in, to save memory."""
     seed: int = 0
+    """Of weights and of the order of batches."""
     precision: Precision = "auto"
+    """Of matrix products; auto is bfloat16 where the hardware multiplies it."""
     compile: bool = False
+    """Run the model through torch.compile (wants a C++ compiler on a CPU)."""
     device: str = "auto"
+    """cpu, cuda, or auto for a GPU where there is one."""
     eval_every: int = 100
+    """Steps between evaluations; 0 for only at the end."""
     checkpoint_every: int = 100
+    """Steps between checkpoints; 0 for only at the end."""
     keep_checkpoints: int = 2
-    threads: int = 0  # of the CPU; 0 leaves torch's choice
+    """Newest checkpoints that are kept."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints"):

@@ -22,22 +22,26 @@ from .precision import bf16_is_fast
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Learning rates and their course. Fractions are of all steps.
-
-    lr: peak learning rate of the backbone; table_lr: multiple of it for the rows of memory tables; warmup and decay:
-    the fractions in which the rate rises from 0 and falls to `final` x lr, both in a straight line; clip: largest norm
-    of all gradients together, 0 for none.
-    """
+    """Learning rates and their course. Fractions are of all steps."""
 
     lr: float = 5e-3
+    """Peak learning rate of the backbone."""
     table_lr: float = 80.0
+    """Peak learning rate of memory rows, as a multiple of lr; 0 freezes the table."""
     weight_decay: float = 0.1
+    """Of the matrices; nothing else decays."""
     warmup: float = 0.05
+    """Fraction in which the rates rise from 0 in a straight line."""
     decay: float = 0.4
+    """Fraction at the end in which they fall in a straight line."""
     final: float = 0.05
+    """What is left of the rates at the end."""
     momentum: float = 0.95
+    """Muon's."""
     betas: tuple[float, ...] = (0.9, 0.95)
+    """AdamW's."""
     clip: float = 1.0
+    """Largest norm of all gradients together; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.table_lr < 0:
