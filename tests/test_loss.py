@@ -60,14 +60,6 @@ def test_the_mean_counts_every_token_once():
     assert losses.bits_per_byte == pytest.approx(11 / math.log(2) / 11)
 
 
-def test_losses_of_two_splits_are_those_of_all_documents():
-    one, other = corpus(5, 0), corpus(7, 1)
-    both = one + other
-    assert len(both.tokens) == 12
-    assert both.mean == pytest.approx((one.nats.sum() + other.nats.sum()) / (one.tokens.sum() + other.tokens.sum()))
-    assert both.bytes.sum() == one.bytes.sum() + other.bytes.sum()
-
-
 def test_documents_without_a_counted_target_do_not_count():
     model, lookup = live(ENGRAM)
     some = measure(model, lookup, windows(SPLIT, 2, 10, limit=2), SIZES)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.train import shards as shards_module
-from engram_lm.train.shards import open_shards, write_shards
+from engram_lm.train.shards import open_shards, split_in_memory, write_shards
 from engram_lm.train.sources import Document
 from engram_lm.train.tokenizer import tokenizer_digest, train_tokenizer
 
@@ -36,6 +36,13 @@ def files(directory) -> list[str]:
 
 
 COMPLETE = ["meta.json", "train.bin", "train.docs.npy", "val.bin", "val.docs.npy"]
+
+
+def test_a_split_in_memory_holds_every_document_in_order():
+    documents = corpus(40)
+    split = split_in_memory(iter(documents), TOKENIZER)
+    assert documents_of(split) == [document.text for document in documents]
+    assert split.bytes.tolist() == [len(document.text.encode()) for document in documents]
 
 
 def test_every_document_comes_back_on_one_side(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -112,7 +113,8 @@ class Train:
             return 130
         last = next(line for line in reversed(training.metrics.lines) if "val_loss" in line)
         console.print(
-            f"val loss {last['val_loss']:.4f} ± {last['val_interval']:.4f} nats a token, {last['bits_per_byte']:.4f} bits a byte"
+            f"val loss {with_interval(last['val_loss'], last['val_interval'])} nats a token, "
+            f"{last['bits_per_byte']:.4f} bits a byte"
         )
         return 0
 
@@ -130,38 +132,25 @@ class Evaluate:
 
     def run(self, console: Console) -> int:
         """Load, measure, print."""
-        from tempfile import TemporaryDirectory
-
         from .evaluate.loss import bytes_of_tokens, measure
         from .train.loader import windows
         from .train.precision import autocast
         from .train.run import beside, load_run
-        from .train.shards import open_shards, write_shards
+        from .train.shards import open_shards, split_in_memory
         from .train.sources import read_documents
 
         trained = load_run(self.directory, self.device)
-        with TemporaryDirectory() as scratch:
-            if self.data:
-                documents = read_documents(self.data)
-                split = write_shards(documents, trained.tokenizer, scratch, source=self.data, held_out=0.5)
-                splits = [split.train, split.val]
-            else:
-                splits = [open_shards(beside(self.directory, "shards")).val]
-            config = trained.config
-            with autocast(config.precision, trained.device):
-                losses = [
-                    measure(
-                        trained.model,
-                        trained.lookup,
-                        windows(split, config.batch_size, config.length),
-                        bytes_of_tokens(trained.tokenizer),
-                    )
-                    for split in splits
-                ]
-        both = sum(losses[1:], start=losses[0])
+        config, tokenizer = trained.config, trained.tokenizer
+        if self.data:
+            split = split_in_memory(read_documents(self.data), tokenizer)
+        else:
+            split = open_shards(beside(self.directory, "shards")).val
+        with autocast(config.precision, trained.device):
+            batches = windows(split, config.batch_size, config.length)
+            losses = measure(trained.model, trained.lookup, batches, bytes_of_tokens(tokenizer))
         console.print(
-            f"step {trained.step}: {both.mean:.4f} ± {both.interval:.4f} nats a token, {both.bits_per_byte:.4f} bits a byte "
-            f"({int(both.tokens.sum()):,} tokens, {len(both.tokens):,} documents)"
+            f"step {trained.step}: {with_interval(losses.mean, losses.interval)} nats a token, "
+            f"{losses.bits_per_byte:.4f} bits a byte ({int(losses.tokens.sum()):,} tokens, {len(losses.tokens):,} documents)"
         )
         return 0
 
@@ -238,6 +227,13 @@ class Count:
 
         console.print(count(load_config(self.model).model, context=self.context))
         return 0
+
+
+def with_interval(value: float, half_width: float) -> str:
+    """`4.1234 ± 0.0210`; a single document has no interval."""
+    return (
+        f"{value:.4f} ± {half_width:.4f}" if math.isfinite(half_width) else f"{value:.4f} (one document, no interval)"
+    )
 
 
 def load_config(name: str) -> TrainConfig:

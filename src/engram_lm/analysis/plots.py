@@ -70,7 +70,7 @@ def loss_curves(act: LanguageAct) -> str:
         axes.locator_params(axis="x", nbins=6)
         axes.xaxis.set_major_formatter(lambda tokens, _: _tokens(tokens))
         ends = [arm.val_curve[-1] for arm in act.arms]
-        _label_ends(axes, ends, [f"{arm.name} {arm.val_loss:.2f}" for arm in act.arms], colours)
+        _label_ends(axes, ends, [arm.name for arm in act.arms], colours)
 
     return _svg("loss_curves", "Training and validation loss of each arm against training tokens", draw)
 

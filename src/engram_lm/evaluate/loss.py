@@ -33,10 +33,6 @@ class Losses:
     tokens: np.ndarray
     bytes: np.ndarray
 
-    def __add__(self, other: Losses) -> Losses:
-        """The documents of both."""
-        return Losses(*(np.concatenate(pair) for pair in zip(vars(self).values(), vars(other).values(), strict=True)))
-
     @property
     def mean(self) -> float:
         """Nats a token."""

@@ -161,6 +161,16 @@ def write_shards(
     return open_shards(directory, verify=False)
 
 
+def split_in_memory(documents: Iterable[Document], tokenizer: Tokenizer) -> Split:
+    """All documents as one split that is not written anywhere: for evaluating on other text."""
+    separator, pieces, sizes = separator_id(tokenizer), [], []
+    for document, ids in _encoded(documents, tokenizer):
+        pieces.append(np.concatenate([[separator], ids]).astype(np.uint32))
+        sizes.append(len(document.text.encode()))
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    return Split(np.concatenate(pieces), np.cumsum(lengths) - lengths, np.array(sizes, dtype=np.int64))
+
+
 def open_shards(directory: str | Path, tokenizer_digest: str | None = None, *, verify: bool = True) -> TokenData:
     """Open the shards in `directory`; the tokens stay on disk.
 
