@@ -17,7 +17,10 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+EXAMPLE = pytest.param((ROOT / "examples/memory_by_hand.py").read_text(), id="examples/memory_by_hand.py")
+
+
+@pytest.mark.parametrize("block", [*BLOCKS, EXAMPLE])
 def test_python_block_runs(block, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(block)
