@@ -44,7 +44,7 @@ def test_every_word_is_one_token_of_its_own():
     tokenizer = PEOPLE.tokenizer()
     assert tokenizer.get_vocab_size() == len(PEOPLE.words)
     assert [tokenizer.id_to_token(token) for token in range(len(PEOPLE.words))] == list(PEOPLE.words)
-    assert PEOPLE.words[:2] == ("<|endoftext|>", ".")
+    assert PEOPLE.words[:2] == ("<|endoftext|>", "lives in")
     assert [PEOPLE.words[token] for token in PEOPLE.phrases.tolist()] == list(ATTRIBUTES.values())
 
 
@@ -75,10 +75,9 @@ def test_a_sentence_tells_the_facts_in_the_order_asked_for():
         assert sentence[0] == 0
         assert sentence[1:4] == PEOPLE.names[person].tolist()
         for place, attribute in enumerate(order):
-            phrase, value, stop = sentence[4 + 3 * place : 7 + 3 * place]
+            phrase, value = sentence[4 + 2 * place : 6 + 2 * place]
             assert PEOPLE.words[phrase] == list(ATTRIBUTES.values())[attribute]
             assert value == PEOPLE.values[person, attribute]
-            assert PEOPLE.words[stop] == "."
     text = PEOPLE.text(told[0])
     assert text.startswith("<|endoftext|> ")
     assert " lives in " in text

@@ -55,7 +55,7 @@ class Budget:
 
 BUDGETS = {
     "short": Budget(steps=30, people=1024, exposures=4),
-    "standard": Budget(steps=180, people=16_384, exposures=8),
+    "standard": Budget(steps=180, people=20_480, exposures=8),
     "long": Budget(steps=2000, people=65_536, exposures=10),
 }
 

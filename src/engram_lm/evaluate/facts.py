@@ -3,12 +3,12 @@
 A person is a name of three one-token words and four attributes. A sentence names the person once and then tells the
 attributes in an order drawn anew at every exposure:
 
-    <|endoftext|> Mira Tolvane Okuro | lives in | Belmora . | studied | botany . | studied at | ... . | works for | ... .
+    <|endoftext|> Mira Tolvane Okuro | lives in | Belmora | studied | botany | studied at | ... | works for | ...
 
 The words before a value are the same for everyone, so no n-gram that ends there names the person: the memory can help only
 through what it adds at the last word of the name, and the backbone must carry it to the value. A question is the name and
 one attribute's words; recall is the share of questions whose likeliest next token is the answer. The four attributes are
-independent, so a model that knows only their frequencies recalls about one in a hundred.
+independent, so a model that knows only their frequencies recalls about one in two hundred.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SUBJECTS = (
     "surveying theatre theology topology toxicology virology zoology"
 ).split()
 SIZES = {"first": 200, "middle": 200, "last": 400, "city": 500, "university": 500, "company": 500}
-SENTENCE = 4 + 3 * len(ATTRIBUTES)  # <|endoftext|>, three names; then phrase, value and full stop for each attribute
+SENTENCE = 4 + 2 * len(ATTRIBUTES)  # <|endoftext|>, three names; then phrase and value for each attribute
 
 
 @dataclass(frozen=True)
 class People:
     """`count` people with distinct names. names [count, 3] and values [count, 4] are token ids of `words`."""
 
-    words: tuple[str, ...]  # the vocabulary: token id -> word; 0 is <|endoftext|>, 1 the full stop
+    words: tuple[str, ...]  # the vocabulary: token id -> word; 0 is <|endoftext|>
     phrases: Tensor  # [4] token ids of the attributes' words
     names: Tensor
     values: Tensor
@@ -56,7 +56,7 @@ class People:
         if not 1 <= count <= possible:
             raise ConfigError(f"cannot invent {count:,} people: there are {possible:,} different names.")
         rng = np.random.default_rng(seed)
-        words = ["<|endoftext|>", ".", *ATTRIBUTES.values()]
+        words = ["<|endoftext|>", *ATTRIBUTES.values()]
         fresh = invented_words(rng, sum(SIZES.values()))
         columns: dict[str, np.ndarray] = {}
         for kind in ("first", "middle", "last", *ATTRIBUTES):
@@ -68,7 +68,7 @@ class People:
             [columns[kind][part] for kind, part in zip(("first", "middle", "last"), parts, strict=True)], axis=1
         )
         values = np.stack([rng.choice(columns[kind], count) for kind in ATTRIBUTES], axis=1)
-        phrases = torch.arange(2, 2 + len(ATTRIBUTES))
+        phrases = torch.arange(1, 1 + len(ATTRIBUTES))
         return People(tuple(words), phrases, torch.from_numpy(names), torch.from_numpy(values))
 
     def __len__(self) -> int:
@@ -88,9 +88,7 @@ class People:
     def sentences(self, people: Tensor, orders: Tensor) -> Tensor:
         """[n, SENTENCE] tokens about people [n], attributes in orders [n, 4]."""
         count = len(people)
-        told = torch.stack(
-            [self.phrases[orders], self.values[people].gather(1, orders), torch.ones_like(orders)], dim=-1
-        )  # [n, 4, 3]
+        told = torch.stack([self.phrases[orders], self.values[people].gather(1, orders)], dim=-1)  # [n, 4, 2]
         start = torch.zeros(count, 1, dtype=torch.int64)
         return torch.cat([start, self.names[people], told.view(count, -1)], dim=1)
 
