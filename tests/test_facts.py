@@ -81,7 +81,7 @@ def test_a_sentence_tells_the_facts_in_the_order_asked_for():
     text = PEOPLE.text(told[0])
     assert text.startswith("<|endoftext|> ")
     assert " lives in " in text
-    assert text.endswith(" .")
+    assert text.endswith(PEOPLE.words[told[0, -1]])
 
 
 @pytest.mark.parametrize("attribute", range(4))
@@ -159,7 +159,7 @@ def test_every_exposure_is_true_and_in_a_fresh_order():
         rows = torch.cat([batch.tokens, batch.targets[:, -1:]], dim=1).tolist()
         told = {}
         for row in rows:
-            phrases, values = row[4::3], row[5::3]
+            phrases, values = row[4::2], row[5::2]
             attributes = [phrase - int(PEOPLE.phrases[0]) for phrase in phrases]
             assert sorted(attributes) == [0, 1, 2, 3]
             assert values == [FACTS[tuple(row[1:4])][attribute] for attribute in attributes]
@@ -201,7 +201,7 @@ class Answering(nn.Module):
 
 
 def knows(question: list[int]) -> int:
-    return FACTS[tuple(question[1:4])][question[4] - 2]
+    return FACTS[tuple(question[1:4])][question[4] - int(PEOPLE.phrases[0])]
 
 
 def test_an_oracle_recalls_everything():
@@ -216,9 +216,9 @@ def test_who_knows_one_attribute_recalls_a_quarter():
     assert city == {"recall": 0.25, "city": 1.0, "subject": 0.0, "university": 0.0, "company": 0.0}
 
 
-def test_who_knows_only_frequencies_recalls_about_one_in_a_hundred():
+def test_who_knows_only_frequencies_recalls_little():
     commonest = PEOPLE.values.mode(dim=0).values.tolist()
-    found = recall(Answering(lambda question: commonest[question[4] - 2]), None, PEOPLE)
+    found = recall(Answering(lambda question: commonest[question[4] - int(PEOPLE.phrases[0])]), None, PEOPLE)
     for attribute, kind in enumerate(ATTRIBUTES):
         assert found[kind] == pytest.approx(float((PEOPLE.values[:, attribute] == commonest[attribute]).float().mean()))
     assert found["recall"] < 0.05
