@@ -248,7 +248,9 @@ def train_together(trainings: dict[str, Training]) -> bool:
     """Run several to their ends, a step of each in turn, so that they share whatever else the machine is doing."""
     with interruptible() as stopped, progress_bar() as progress:
         bars = {
-            label: progress.add_task(label, total=run.config.steps, completed=run.done_steps, loss=math.nan, speed=0.0)
+            label: progress.add_task(
+                label, total=run.config.steps, completed=run.done_steps, loss=run.metrics.last_loss, speed=0.0
+            )
             for label, run in trainings.items()
         }
         speed: dict[str, float] = {}
@@ -342,6 +344,11 @@ class Metrics:
         self.board = summary_writer(path.parent / "tensorboard", after) if tensorboard else None
         self.lines = [line for line in read_metrics(path) if line["step"] <= after]
         checkpoints.write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    @property
+    def last_loss(self) -> float:
+        """Training loss of the newest step, NaN before the first."""
+        return next((line["loss"] for line in reversed(self.lines) if "loss" in line), math.nan)
 
     def add(self, **values: Any) -> None:
         """Append a line and hand it to the operating system. Raises CheckpointError when the disk is full."""
