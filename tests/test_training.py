@@ -325,7 +325,15 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path, number):
     assert_same(outcome(tmp_path / "run"), outcome(tmp_path / "whole"))
 
 
-def test_a_second_ctrl_c_kills():
+@pytest.fixture
+def interrupts():
+    """Python's own handler of Ctrl-C, also where the tests themselves were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_kills(interrupts):
     with interruptible() as stopped:
         assert not stopped()
         signal.raise_signal(signal.SIGINT)
