@@ -34,7 +34,7 @@ with tempfile.TemporaryDirectory() as scratch:
         model = model_of_arm(preset, arm)
         config = TrainConfig(model, steps=STEPS, batch_size=BATCH, length=LENGTH, eval_every=0, checkpoint_every=0)
         config = fit_vocabulary(config, tokenizer)
-        lookup = build_lookup(config.model, tokenizer)  # vocabulary, plan and table; None for the base arm
+        lookup = build_lookup(config, tokenizer, out / arm)  # vocabulary, plan and table; None for the base arm
         runs[arm] = Training(config, out / arm, Loader(data.train, BATCH, LENGTH), lookup)
     train_together(runs)
 

@@ -34,6 +34,8 @@ from tiny import (
 
 from engram_lm.errors import CheckpointError, MismatchError, TrainingError
 from engram_lm.train import checkpoint as checkpoints
+from engram_lm.model.lookup import Lookup
+from engram_lm.tables import DeviceTable, RowFormat
 from engram_lm.train.checkpoint import Checkpoint, latest
 from engram_lm.train.loader import Loader
 from engram_lm.train.loop import TrainConfig, Training, train
@@ -296,8 +298,12 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 def test_another_plan_is_refused(tmp_path):
     finish(training(tmp_path, config()))
-    other = lookup_of(ENGRAM)
-    object.__setattr__(other, "plan", replace(other.plan, multipliers=other.plan.multipliers + 2))
+    known = lookup_of(ENGRAM)
+    other = Lookup(
+        known.vocabulary,
+        replace(known.plan, multipliers=known.plan.multipliers + 2),
+        DeviceTable(known.plan.num_rows, RowFormat(4)),
+    )
     with pytest.raises(MismatchError, match=r"address digest is .*every memory row would be read from the wrong place"):
         Training(config(), tmp_path, Loader(split(), 4, 10), other, resume=True)
 

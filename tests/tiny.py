@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from engram_lm.hashing import HashConfig
 from engram_lm.memory import EngramConfig
 from engram_lm.model import AttentionConfig, LanguageModel, MemoryConfig, ModelConfig, MoEConfig
-from engram_lm.model.lookup import Lookup, build_plan
-from engram_lm.tables import DeviceTable
+from engram_lm.model.lookup import Lookup, address_digest, build_plan
+from engram_lm.tables import DeviceTable, TableConfig, build_table
 from engram_lm.tokens import CanonicalVocabulary
 from engram_lm.train.checkpoint import Checkpoint, latest
 from engram_lm.train.loader import Loader
@@ -66,19 +66,24 @@ def config(model: ModelConfig = ENGRAM, **changes: Any) -> TrainConfig:
     return TrainConfig(model=model, precision="float32", device="cpu", **settings)
 
 
-def lookup_of(model: ModelConfig) -> Lookup | None:
+def lookup_of(model: ModelConfig, tier: str = "device", directory: Path | None = None, **options: Any) -> Lookup | None:
     """An empty table behind the identity vocabulary; None for a model without a memory."""
     if model.memory is None:
         return None
     vocabulary = CanonicalVocabulary.identity(model.vocab_size)
     plan = build_plan(model.memory.hash, vocabulary)
-    return Lookup(vocabulary, plan, DeviceTable(plan.num_rows, model.memory.engram.row_dim))
+    dim, digest = model.memory.engram.row_dim, address_digest(vocabulary, plan)
+    placed = TableConfig(**{"tier": tier, **options})
+    return Lookup(
+        vocabulary, plan, build_table(placed, plan.num_rows, dim, digest=digest, directory=directory or Path())
+    )
 
 
 def training(directory: Path, config: TrainConfig, **options: Any) -> Training:
     """A run on the phrases."""
     batches = options.pop("batches", None) or Loader(split(), config.batch_size, config.length, config.seed)
-    return Training(config, directory, batches, lookup_of(config.model), **options)
+    placed = asdict(config.table) | {"tier": "device" if config.table.tier == "auto" else config.table.tier}
+    return Training(config, directory, batches, lookup_of(config.model, directory=directory, **placed), **options)
 
 
 def finish(run: Training, steps: int | None = None) -> Training:

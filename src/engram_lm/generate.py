@@ -34,8 +34,11 @@ START = DecodeState(None, None)
 def advance(
     model: LanguageModel, lookup: Lookup | None, tokens: Tensor, state: DecodeState = START
 ) -> tuple[Tensor, DecodeState]:
-    """Read tokens [B, T] (a prompt, a chunk of it, or the one just sampled) and return the next one's logits [B, V]."""
-    rows, history = lookup.rows(tokens, history=state.history) if lookup else (None, None)
+    """Read tokens [B, T] (a prompt, a chunk of it, or the one just sampled) and return the next one's logits [B, V].
+
+    Their rows are known to be needed as soon as the tokens are, and arrive while the blocks before the first memory run.
+    """
+    rows, history = lookup.prefetch(tokens, history=state.history) if lookup else (None, None)
     hidden, model_state = model(tokens, rows, state=state.model, with_state=True)
     return model.logits(hidden[:, -1:])[:, 0].float(), DecodeState(model_state, history)
 

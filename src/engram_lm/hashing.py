@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .kernels import compiled
 
 DEAD = -1  # in a history: a position that no later n-gram may see
 INT64_MAX = 2**63 - 1
@@ -166,10 +168,10 @@ class HashPlan:
         """Tokens of the past that the next one needs: N - 1."""
         return self.orders[-1] - 1
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Sixteen hex digits: two plans with the same digest send every n-gram to the same row."""
-        facts = {name: _plain(value) for name, value in vars(self).items()}
+        facts = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -177,6 +179,13 @@ class HashPlan:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    @cached_property
+    def constants(self) -> Any:
+        """The plan as the compiled kernel wants it."""
+        from .kernels.hashing import Constants
+
+        return Constants.of(self)
 
 
 def _plain(value: Any) -> Any:
@@ -274,7 +283,7 @@ def hash_ngrams(
     dead: Tensor | None = None,
     history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows that each position reads, in every memory layer at once: the readable truth.
+    """Rows that each position reads, in every memory layer at once.
 
     canonical: [B, T] int64 canonical ids. segments: [B, T] document numbers; an n-gram never reaches into another one.
     dead: [B, T] bool; such a position (image span, padding) reads the pad's rows, and no n-gram sees it or past it.
@@ -283,23 +292,42 @@ def hash_ngrams(
     Without `segments`, positions continue the history's last document.
 
     Returns ids [B, T, L, K] int64 below plan.num_rows, and the history after the last position.
-    Raises ValueError for an id outside the vocabulary, whose product could overflow.
+    Raises ValueError for an id outside the vocabulary, whose product could overflow, and for a wrong shape.
     """
-    batch, length = canonical.shape
-    if canonical.numel() and not 0 <= int(canonical.min()) <= int(canonical.max()) < plan.vocab_size:
-        raise ValueError(
-            f"canonical ids run from {int(canonical.min())} to {int(canonical.max())}, outside the plan's vocabulary "
-            f"of {plan.vocab_size}: they would read arbitrary rows."
-        )
-    if history is None:
-        history = start_of_text(plan, batch, canonical.device)
-    if segments is None:
-        segments = history[:, -1:, 1].expand(batch, length) if plan.history_length else torch.zeros_like(canonical)
+    if canonical.device.type != "cpu" or not compiled():
+        return reference_hash_ngrams(plan, canonical, segments=segments, dead=dead, history=history)
+    from .kernels import hashing as kernel
+
+    segments, history = _complete(plan, canonical, segments, dead, history)
+    ids, after, inside = kernel.hash_ngrams(
+        plan.constants,
+        np.ascontiguousarray(canonical.numpy(), np.int64),
+        np.ascontiguousarray(segments.numpy(), np.int64),
+        np.zeros(canonical.shape, np.bool_) if dead is None else np.ascontiguousarray(dead.numpy(), np.bool_),
+        np.ascontiguousarray(history.numpy(), np.int64),
+    )
+    if not inside:
+        _require_vocabulary(plan, canonical)
+    return torch.from_numpy(ids).view(*canonical.shape, len(plan.layers), -1), torch.from_numpy(after)
+
+
+def reference_hash_ngrams(
+    plan: HashPlan,
+    canonical: Tensor,
+    *,
+    segments: Tensor | None = None,
+    dead: Tensor | None = None,
+    history: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The readable truth: `hash_ngrams` on any device, without a kernel."""
+    length = canonical.shape[1]
+    _require_vocabulary(plan, canonical)
+    segments, history = _complete(plan, canonical, segments, dead, history)
     seen = canonical if dead is None else canonical.masked_fill(dead, DEAD)
     past = torch.cat([history, torch.stack([seen, segments.long()], dim=-1)], dim=1)  # [B, N-1+T, 2]
 
     constant = _constants(plan, canonical.device)
-    ids = canonical.new_empty(batch, length, len(plan.layers), len(plan.orders), plan.heads)
+    ids = canonical.new_empty(*canonical.shape, len(plan.layers), len(plan.orders), plan.heads)
     blocked = torch.zeros_like(canonical, dtype=torch.bool)  # once the view is blocked it stays so for larger lags
     mix: Tensor | int = 0
     for lag in range(plan.orders[-1]):
@@ -314,6 +342,34 @@ def hash_ngrams(
             order = plan.orders.index(lag + 1)
             ids[:, :, :, order] = mix[..., None] % constant.sizes[:, order] + constant.offsets[:, order]
     return ids.flatten(-2), past[:, length:]
+
+
+def _complete(
+    plan: HashPlan, canonical: Tensor, segments: Tensor | None, dead: Tensor | None, history: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The segments and the history, given or not; all shapes are as documented thereafter."""
+    batch, length = canonical.shape
+    if history is None:
+        history = start_of_text(plan, batch, canonical.device)
+    if history.shape != (batch, plan.history_length, 2):
+        raise ValueError(
+            f"history is {list(history.shape)} instead of {[batch, plan.history_length, 2]}: it belongs to another "
+            "batch or plan, and n-grams would see the wrong past."
+        )
+    if segments is None:
+        segments = history[:, -1:, 1].expand(batch, length) if plan.history_length else torch.zeros_like(canonical)
+    for name, given in ("segments", segments), ("dead", dead):
+        if given is not None and given.shape != canonical.shape:
+            raise ValueError(f"{name} is {list(given.shape)}, but the ids are {list(canonical.shape)}.")
+    return segments, history
+
+
+def _require_vocabulary(plan: HashPlan, canonical: Tensor) -> None:
+    if canonical.numel() and not 0 <= int(canonical.min()) <= int(canonical.max()) < plan.vocab_size:
+        raise ValueError(
+            f"canonical ids run from {int(canonical.min())} to {int(canonical.max())}, outside the plan's vocabulary "
+            f"of {plan.vocab_size}: they would read arbitrary rows."
+        )
 
 
 def start_of_text(plan: HashPlan, batch: int, device: torch.device | None = None) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .kernels import compiled
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,15 @@ class ConvState(NamedTuple):
     segments: Tensor  # [B, tail] int64, the documents they belong to
 
 
+class Inputs(NamedTuple):
+    """What is fused, once the rows are projected."""
+
+    query: Tensor  # [B, T, M, D] the hidden state
+    projected: Tensor  # [B, T, M + 1, D]: M keys and the value
+    gain: Tensor  # [M, D] of query and key together
+    taps: Tensor  # [k, M, D] of the convolution, with its norm's gain in them; the last one: the present
+
+
 class Engram(nn.Module):
     """One memory layer of M streams of width D that reads K rows a token."""
 
@@ -117,33 +127,64 @@ class Engram(nn.Module):
         segments: [B, T] document numbers that the convolution does not cross (None continues the state's last one).
         keep: [B, T] bool, False silences the memory at a position. The state is returned when asked for or given.
         """
-        keys, value = self._keys_and_value(rows, hidden.dtype)
-        gated = self._gate(hidden, keys)[..., None] * value[:, :, None]  # [B, T, M, D]
-        if keep is not None:
-            gated = gated.masked_fill(~keep[:, :, None, None], 0.0)
-        if not self.config.conv_kernel:
-            return gated.to(hidden.dtype), None
-        mixed, state = self._short_conv(gated, state, segments, with_state)
-        return (gated + mixed).to(hidden.dtype), state
+        inputs = self._inputs(hidden, rows)
+        if state is None and not with_state and _kernels_take(hidden):
+            from .kernels.fuse import fuse  # imports Numba
+
+            delta = fuse(
+                lambda *inputs: self._fuse(Inputs(*inputs), None, segments, keep, False)[0],
+                *inputs,
+                segments=segments,
+                keep=keep,
+                config=self.config,
+            )
+        else:
+            delta, state = self._fuse(inputs, state, segments, keep, with_state)
+        return delta.to(hidden.dtype), state
 
     def gates(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """The gate's openings in (0, 1): [B, T, M]."""
-        keys, _ = self._keys_and_value(rows, hidden.dtype)
-        return self._gate(hidden, keys)
+        query, projected, gain, _ = self._inputs(hidden, rows)
+        return self._gate(query, projected[:, :, :-1], gain)
 
-    def _keys_and_value(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[B, T, M, D] and [B, T, D], in single precision at least."""
-        projected = self.project(rows.flatten(-2)).to(torch.promote_types(dtype, torch.float32))
-        keys, value = projected.split([self.streams * self.dim, self.dim], dim=-1)
-        return keys.unflatten(-1, (self.streams, self.dim)), value
+    def _inputs(self, hidden: Tensor, rows: Tensor) -> Inputs:
+        """What is fused, in single precision at least."""
+        dtype, shape = torch.promote_types(hidden.dtype, torch.float32), (self.streams, self.dim)
+        projected = self.project(rows.flatten(-2)).to(dtype).unflatten(-1, (self.streams + 1, self.dim))
+        gain = self._gain(self.query_gain) * self._gain(self.key_gain)
+        taps = self.conv_weight * self._gain(self.conv_gain) if self.config.conv_kernel else gain.new_zeros(0, *shape)
+        return Inputs(hidden.to(dtype), projected, gain.to(dtype), taps.to(dtype))
 
-    def _gate(self, hidden: Tensor, keys: Tensor) -> Tensor:
+    def _gain(self, gain: Tensor) -> Tensor:
+        """A norm's gain as a factor."""
+        return gain + 1.0 if self.config.zero_centered else gain
+
+    def _fuse(
+        self,
+        inputs: Inputs,
+        state: ConvState | None,
+        segments: Tensor | None,
+        keep: Tensor | None,
+        with_state: bool,
+    ) -> tuple[Tensor, ConvState | None]:
+        """The change [B, T, M, D] in plain operations; kernels/fuse.py has the same in one pass."""
+        query, projected, gain, taps = inputs
+        keys, value = projected[:, :, :-1], projected[:, :, -1:]
+        gated = self._gate(query, keys, gain)[..., None] * value  # [B, T, M, D]
+        if keep is not None:
+            gated = gated.masked_fill(~keep[:, :, None, None], 0.0)
+        if not self.config.conv_kernel:
+            return gated, None
+        mixed, state = self._short_conv(gated, taps, state, segments, with_state)
+        return gated + mixed, state
+
+    def _gate(self, query: Tensor, keys: Tensor, gain: Tensor) -> Tensor:
         """[B, T, M]; equation 4, and the demo's squashing of the score.
 
         The two RMSNorms only scale, so they are applied to the product (as V4.1 does): half the passes over [B, T, M, D].
         """
-        query, eps = hidden.to(keys.dtype), self.config.norm_eps
-        product = (query * keys * (self._gain(self.query_gain) * self._gain(self.key_gain))).sum(-1)
+        eps = self.config.norm_eps
+        product = (query * keys * gain).sum(-1)
         scale = (query.square().mean(-1) + eps).rsqrt() * (keys.square().mean(-1) + eps).rsqrt()
         score = product * scale / math.sqrt(self.dim)
         if self.config.gate == "signed_sqrt":
@@ -152,16 +193,12 @@ class Engram(nn.Module):
             score = torch.copysign(score.abs().clamp_min(1e-6).sqrt(), score)
         return score.sigmoid()
 
-    def _gain(self, gain: Tensor) -> Tensor:
-        """A norm's gain as a factor."""
-        return gain + 1.0 if self.config.zero_centered else gain
-
     def _short_conv(
-        self, x: Tensor, state: ConvState | None, segments: Tensor | None, with_state: bool
+        self, x: Tensor, taps: Tensor, state: ConvState | None, segments: Tensor | None, with_state: bool
     ) -> tuple[Tensor, ConvState | None]:
         """SiLU of the depthwise causal convolution; [B, T, M, D] -> [B, T, M, D]."""
         length, tail = x.shape[1], self.config.tail
-        normed = F.rms_norm(x, (self.dim,), eps=self.config.conv_norm_eps) * self._gain(self.conv_gain)
+        normed = F.rms_norm(x, (self.dim,), eps=self.config.conv_norm_eps)
         if state is None:
             past = F.pad(normed, (0, 0, 0, 0, tail, 0))
             documents = None if segments is None else F.pad(segments.long(), (tail, 0))
@@ -171,14 +208,14 @@ class Engram(nn.Module):
                 segments = state.segments[:, -1:].expand(-1, length)
             documents = torch.cat([state.segments, segments.long()], dim=1)
 
-        total = past[:, tail:] * self.conv_weight[-1]
+        total = past[:, tail:] * taps[-1]
         for tap in range(self.config.conv_kernel - 1):
             first = tap * self.config.conv_dilation
             shifted = past[:, first : first + length]
             if documents is not None:
                 same = documents[:, first : first + length] == documents[:, tail:]
                 shifted = shifted * same[:, :, None, None]
-            total = torch.addcmul(total, shifted, self.conv_weight[tap])
+            total = torch.addcmul(total, shifted, taps[tap])
 
         if state is None and not with_state:
             return F.silu(total), None
@@ -186,6 +223,12 @@ class Engram(nn.Module):
             documents = torch.zeros(past.shape[:2], dtype=torch.int64, device=past.device)
         last = past.shape[1] - tail  # not [-tail:], which is everything when there is no tail
         return F.silu(total), ConvState(past[:, last:].detach(), documents[:, last:])
+
+
+def _kernels_take(hidden: Tensor) -> bool:
+    """Whether kernels/fuse.py may do it: single precision or less, on a CPU, and torch is neither compiling nor faking."""
+    ordinary = type(hidden) is Tensor and hidden.device.type == "cpu" and hidden.dtype != torch.float64
+    return ordinary and not torch.compiler.is_compiling() and compiled()
 
 
 def reference_engram(

@@ -10,14 +10,17 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table as Grid
+from tokenizers import Tokenizer
 
 from . import __version__
 from .analysis import report as page
@@ -32,10 +35,10 @@ from .model.count import count
 from .model.lm import LanguageModel, ModelConfig
 from .model.lookup import Lookup
 from .model.presets import get_preset
+from .tables import TableConfig
 from .tokens import piece_bytes
 from .train.loader import Loader, windows
-from .train.loop import TrainConfig, Training, train_together
-from .train.optim import OptimConfig
+from .train.loop import Batches, Evaluate, TrainConfig, Training, train_together
 from .train.precision import autocast
 from .train.run import build_lookup, prepare_text
 from .train.sources import standard_library
@@ -60,7 +63,16 @@ BUDGETS = {
 }
 
 
-def quickstart(data: str, budget: Budget, out: Path, seed: int, console: Console) -> Path | None:
+@dataclass(frozen=True)
+class Settings:
+    """What both acts share."""
+
+    budget: Budget
+    seed: int = 0
+    table: TableConfig = field(default_factory=TableConfig)
+
+
+def quickstart(data: str, settings: Settings, out: Path, console: Console) -> Path | None:
     """Run both acts into `out` and write its report.html; returns its path, or None after Ctrl-C.
 
     data: a text source as `read_documents` takes it, or "" for Python's standard library. An interrupted quickstart
@@ -69,9 +81,10 @@ def quickstart(data: str, budget: Budget, out: Path, seed: int, console: Console
     if (out / "report.html").exists():
         raise CheckpointError(f"{out} holds a finished quickstart, which would be overwritten. Choose another --out.")
     began = time.perf_counter()
-    language = Language(data or standard_library(), get_preset("tiny"), budget, out / "language", seed, console)
-    people = Facts(get_preset("tiny"), budget, out / "facts", seed)
-    for act in (language, people):
+    language = Language(data, get_preset("tiny"), settings, out / "language", console)
+    people = Facts(get_preset("tiny"), settings, out / "facts")
+    acts: tuple[Act, ...] = (language, people)
+    for act in acts:
         console.print(act.title)
         if not act.train():
             console.print(f"Stopped. The same command goes on from the checkpoints in {out}.")
@@ -81,7 +94,7 @@ def quickstart(data: str, budget: Budget, out: Path, seed: int, console: Console
         title="What a memory does to a small language model",
         language=language.result(),
         facts=people.result(),
-        run=run_info(seed, time.perf_counter() - began),
+        run=run_info(settings.seed, time.perf_counter() - began),
         next_steps=next_steps(out),
     )
     page.write_report(out / "report.html", report)
@@ -89,58 +102,45 @@ def quickstart(data: str, budget: Budget, out: Path, seed: int, console: Console
     return out / "report.html"
 
 
-class Language:
+class Act:
+    """Arms that train side by side on the same batches."""
+
+    title: str  # what is about to happen, for the terminal
+    runs: dict[Arm, Training]
+
+    def train(self) -> bool:
+        """Train the arms, a step of each in turn; False when interrupted."""
+        return train_together({str(arm): run for arm, run in self.runs.items()})
+
+
+class Language(Act):
     """Act one: base, capacity-1 control and engram on identical batches of text."""
 
     length, batch_size, eval_windows = 256, 16, 64
 
-    def __init__(
-        self, source: str, model: ModelConfig, budget: Budget, directory: Path, seed: int, console: Console
-    ) -> None:
-        self.directory, self.seed = directory, seed
+    def __init__(self, data: str, model: ModelConfig, settings: Settings, directory: Path, console: Console) -> None:
+        source, budget, self.seed = data or standard_library(), settings.budget, settings.seed
         self.name = "the source of Python's standard library" if source == standard_library() else source
         self.data, self.tokenizer = prepare_text(source, directory, vocab_size=model.vocab_size, say=console.print)
         self.token_bytes = losses.bytes_of_tokens(self.tokenizer)
-        optim = OptimConfig()
-        self.configs = {
-            arm: TrainConfig(
-                model=model_of_arm(model, arm),
-                optim=optim,
-                steps=budget.steps,
-                batch_size=self.batch_size,
-                length=self.length,
-                seed=seed,
-                eval_every=max(1, budget.steps // 5),
-                checkpoint_every=max(1, budget.steps // 3),
-                keep_checkpoints=1,
-            )
-            for arm in ARMS
-        }
-        batches = Loader(self.data.train, self.batch_size, self.length, seed)
-        self.runs = {
-            arm: Training(
-                config,
-                directory / arm,
-                batches,
-                build_lookup(config.model, self.tokenizer),
-                evaluate=self._quick_loss,
-                facts={"tokenizer_digest": tokenizer_digest(self.tokenizer), "data": self.data.meta.train.tokens_crc32},
-                resume=True,
-            )
-            for arm, config in self.configs.items()
-        }
-
-    @property
-    def title(self) -> str:
-        """What is about to happen, for the terminal."""
-        return (
+        self.title = (
             f"Act one, language: {', '.join(ARMS)} on identical batches of {self.name} "
             f"({len(self.data.train.tokens):,} tokens, {len(self.data.val.starts)} files held out)"
         )
-
-    def train(self) -> bool:
-        """Train the arms side by side; False when interrupted."""
-        return train_together({str(arm): run for arm, run in self.runs.items()})
+        config = TrainConfig(
+            model=model,
+            steps=budget.steps,
+            batch_size=self.batch_size,
+            length=self.length,
+            seed=self.seed,
+            eval_every=max(1, budget.steps // 5),
+            checkpoint_every=max(1, budget.steps // 3),
+            keep_checkpoints=1,
+            table=settings.table,
+        )
+        batches = Loader(self.data.train, self.batch_size, self.length, self.seed)
+        facts = {"data": self.data.meta.train.tokens_crc32}
+        self.runs = trainings(ARMS, config, directory, batches, self.tokenizer, self._quick_loss, facts)
 
     def _quick_loss(self, model: LanguageModel, lookup: Lookup | None) -> dict[str, float]:
         batches = windows(self.data.val, 32, self.length, self.eval_windows)
@@ -231,52 +231,30 @@ class Language:
         )
 
 
-class Facts:
+class Facts(Act):
     """Act two: made-up people, learned with and without a memory in equally many exposures."""
 
     steps_per_exposure = 32
 
-    def __init__(self, model: ModelConfig, budget: Budget, directory: Path, seed: int) -> None:
-        self.people = facts.People.invent(budget.people, seed)
-        tokenizer = self.people.tokenizer()
-        model = replace(model, vocab_size=len(self.people.words))
-        batches = facts.Exposures(self.people, budget.people // self.steps_per_exposure, seed)
+    def __init__(self, model: ModelConfig, settings: Settings, directory: Path) -> None:
+        budget = settings.budget
+        self.people = facts.People.invent(budget.people, settings.seed)
+        self.title = f"Act two, facts: {len(self.people):,} made-up people, {4 * len(self.people):,} facts"
+        batches = facts.Exposures(self.people, budget.people // self.steps_per_exposure, settings.seed)
         asked = self.people.first(2048)  # for the curve; the final figure asks about everyone
-        self.configs = {
-            arm: TrainConfig(
-                model=model_of_arm(model, arm),
-                optim=OptimConfig(),
-                steps=self.steps_per_exposure * budget.exposures,
-                batch_size=batches.batch_size,
-                length=facts.SENTENCE - 1,
-                seed=seed,
-                eval_every=self.steps_per_exposure,
-                checkpoint_every=self.steps_per_exposure * 2,
-                keep_checkpoints=1,
-            )
-            for arm in ("base", "engram")
-        }
-        self.runs = {
-            arm: Training(
-                config,
-                directory / arm,
-                batches,
-                build_lookup(config.model, tokenizer),
-                evaluate=lambda model, lookup: facts.recall(model, lookup, asked),
-                facts={"tokenizer_digest": tokenizer_digest(tokenizer)},
-                resume=True,
-            )
-            for arm, config in self.configs.items()
-        }
-
-    @property
-    def title(self) -> str:
-        """What is about to happen, for the terminal."""
-        return f"Act two, facts: {len(self.people):,} made-up people, {4 * len(self.people):,} facts"
-
-    def train(self) -> bool:
-        """Train both arms side by side; False when interrupted."""
-        return train_together({str(arm): run for arm, run in self.runs.items()})
+        config = TrainConfig(
+            model=replace(model, vocab_size=len(self.people.words)),
+            steps=self.steps_per_exposure * budget.exposures,
+            batch_size=batches.batch_size,
+            length=facts.SENTENCE - 1,
+            seed=settings.seed,
+            eval_every=self.steps_per_exposure,
+            checkpoint_every=self.steps_per_exposure * 2,
+            keep_checkpoints=1,
+            table=settings.table,
+        )
+        recall = lambda model, lookup: facts.recall(model, lookup, asked)  # noqa: E731
+        self.runs = trainings(("base", "engram"), config, directory, batches, self.people.tokenizer(), recall)
 
     def result(self, shown: int = 6) -> page.FactsAct:
         """Recall over exposures, and some questions with both models' answers."""
@@ -312,7 +290,8 @@ class Facts:
         curve = [
             (line["step"] / self.steps_per_exposure, line["recall"]) for line in run.metrics.lines if "recall" in line
         ]
-        final = facts.recall(run.model, run.lookup, self.people)
+        with autocast(run.config.precision, run.device):  # as the curve was measured
+            final = facts.recall(run.model, run.lookup, self.people)
         return page.FactsArm(
             name=arm,
             parameters=size.total,
@@ -323,6 +302,25 @@ class Facts:
 
 
 # --- shared by both acts --------------------------------------------------------------------------------------------
+
+
+def trainings(
+    arms: Sequence[Arm],
+    config: TrainConfig,
+    directory: Path,
+    batches: Batches,
+    tokenizer: Tokenizer,
+    evaluate: Evaluate,
+    facts: dict[str, Any] | None = None,
+) -> dict[Arm, Training]:
+    """A run of each arm in a directory of its own, begun or gone on with."""
+    facts = {"tokenizer_digest": tokenizer_digest(tokenizer), **(facts or {})}
+    runs = {}
+    for arm in arms:
+        of_arm = replace(config, model=model_of_arm(config.model, arm))
+        lookup = build_lookup(of_arm, tokenizer, directory / arm)
+        runs[arm] = Training(of_arm, directory / arm, batches, lookup, evaluate=evaluate, facts=facts, resume=True)
+    return runs
 
 
 def step_seconds(run: Training) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,6 +91,43 @@ def recall_curves(act: FactsAct) -> str:
         _label_ends(axes, [arm.recall[-1] for arm in arms], [arm.name for arm in arms], colours)
 
     return _svg("recall_curves", "Share of questions answered right against exposures of each fact", draw)
+
+
+def bench_bars(results: dict[str, Any], path: Path) -> None:
+    """Draw a benchmark's results, as JSON values, into a .png or .svg file: a panel a case, a bar a contender, quartiles.
+
+    Bars are speeds where the case has a unit and milliseconds where it has none; the reference has a colour of its own.
+    Raises MissingExtraError without matplotlib.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError(
+            "matplotlib is not installed, so the results cannot be drawn: pip install 'engram-lm[plot]'"
+        ) from None
+    cases = results["cases"]
+    columns = 1 if len(cases) < 4 else 3
+    rows = -(-len(cases) // columns)
+    height = 0.8 + 0.22 * max(len(case["entries"]) for case in cases)
+    with mpl.rc_context({**RC, "savefig.transparent": False, "axes.titlesize": 9, "axes.axisbelow": True}):
+        figure = Figure(figsize=(6.5 * columns, height * rows), layout="constrained")
+        figure.suptitle(f"engram-lm bench {results['bench']}: {results['machine']['cpu']}", fontsize=9)
+        for axes, case in zip(figure.subplots(rows, columns, squeeze=False).flat, cases, strict=False):
+            entries = case["entries"]
+            figures = np.array([[entry["median_seconds"], *entry["quartiles_seconds"]] for entry in entries])
+            values = case["work"] / figures if case["unit"] else 1e3 * figures / case["work"]
+            spread = np.abs(np.sort(values[:, 1:]) - values[:, :1]).T
+            colours = [ENGRAM, *[BASE] * (len(entries) - 1)]
+            axes.barh([entry["name"] for entry in entries], values[:, 0], xerr=spread, color=colours, height=0.7)
+            axes.invert_yaxis()
+            axes.grid(visible=False, axis="y")
+            axes.set_title(case["title"], loc="left")
+            axes.set_xlabel(f"{case['unit']} a second" if case["unit"] else "milliseconds")
+            axes.xaxis.set_major_formatter(lambda value, _, unit=case["unit"]: _tokens(value) if unit else f"{value:g}")
+        for axes in figure.axes[len(cases) :]:
+            axes.remove()
+        figure.savefig(path, dpi=150)
 
 
 def _measured(axes: Axes, curve: Curve, colour: str) -> None:

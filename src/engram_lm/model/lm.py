@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, MismatchError
 from ..hashing import HashConfig
 from ..memory import ConvState, Engram, EngramConfig
+from ..tables import Fetch
 from .attention import AttentionConfig, Cache, build_attention
 from .ffn import MixtureOfExperts, MoEConfig, SwiGLU
 from .hyper import HyperConnection, build_connection
@@ -173,7 +174,7 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        rows: Tensor | None = None,
+        rows: Tensor | Fetch | None = None,
         *,
         segments: Tensor | None = None,
         keep: Tensor | None = None,
@@ -182,13 +183,15 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, ModelState | None]:
         """tokens [B, T], rows [B, T, L, K, d] -> hidden [B, T, D] after the final norm, and the state.
 
+        rows may still be on their way: they are waited for in front of the first block that holds a memory.
+
         segments: [B, T] document numbers; neither attention nor memory crosses a change. keep: [B, T] bool,
         False silences the memory at a position. state: where an earlier chunk ended; a state is returned when
         asked for or given.
 
         Raises MismatchError when rows and memory do not belong together, or segments are given with a state.
         """
-        self._check_rows(tokens, rows)
+        self._check_given(rows, tokens)
         with_state = with_state or state is not None
         if with_state and segments is not None:
             raise MismatchError(
@@ -212,6 +215,8 @@ class LanguageModel(nn.Module):
         h = h.unsqueeze(2).expand(-1, -1, self.config.streams, -1)
         after = []
         for layer, block in enumerate(self.blocks):
+            if block.memory is not None and not isinstance(rows, Tensor):
+                rows = self._arrived(rows, tokens)
             h, layer_state = block(h, self._rows_of(layer, rows), layers[layer], context)
             after.append(layer_state)
         hidden = self.norm(h.mean(2))
@@ -278,24 +283,34 @@ class LanguageModel(nn.Module):
             if isinstance(module, MixtureOfExperts):
                 module.balance()
 
-    def _rows_of(self, layer: int, rows: Tensor | None) -> Tensor | None:
+    def _rows_of(self, layer: int, rows: Tensor | Fetch | None) -> Tensor | None:
         """The rows [B, T, K, d] of a memory layer; None for other layers."""
         memory = self.config.memory
-        if rows is None or memory is None or layer not in memory.hash.layers:
+        if memory is None or layer not in memory.hash.layers or not isinstance(rows, Tensor):
             return None
         return rows[:, :, memory.hash.layers.index(layer)]
 
-    def _check_rows(self, tokens: Tensor, rows: Tensor | None) -> None:
-        memory = self.config.memory
-        if memory is None:
-            if rows is not None:
-                raise MismatchError("rows were given to a model without a memory: they would have changed nothing.")
-            return
-        if rows is None:
+    def _arrived(self, fetch: Fetch | None, tokens: Tensor) -> Tensor:
+        """Rows that were on their way."""
+        assert fetch is not None  # a model with a memory was given rows
+        rows = fetch.rows()
+        self._check_shape(rows, tokens)
+        return rows
+
+    def _check_given(self, rows: Tensor | Fetch | None, tokens: Tensor) -> None:
+        if self.config.memory is None and rows is not None:
+            raise MismatchError("rows were given to a model without a memory: they would have changed nothing.")
+        if self.config.memory is not None and rows is None:
             raise MismatchError(
                 "this model has a memory but was called without rows: the memory would have been silently "
                 "switched off. To silence it on purpose, pass rows with keep=False everywhere."
             )
+        if isinstance(rows, Tensor):
+            self._check_shape(rows, tokens)
+
+    def _check_shape(self, rows: Tensor, tokens: Tensor) -> None:
+        memory = self.config.memory
+        assert memory is not None
         expected = (*tokens.shape, len(memory.hash.layers), memory.hash.rows_per_token, memory.engram.row_dim)
         if rows.shape != expected:
             raise MismatchError(

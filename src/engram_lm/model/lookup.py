@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from ..hashing import HashConfig, HashPlan, hash_ngrams
-from ..tables import Table, deduplicate
+from ..tables import Fetch, Table, deduplicate, expand
 from ..tokens import CanonicalVocabulary
 
 
@@ -22,8 +23,27 @@ class Leaf:
     rows: Tensor  # [U, d] float32, requires grad
 
     def expand(self, first: int, last: int) -> Tensor:
-        """Rows [last - first, T, L, K, d] of some sequences of the batch; gradients sum up on the leaf."""
-        return F.embedding(self.inverse[first:last], self.rows)
+        """Rows [last - first, T, L, K, d] of some sequences of the batch; gradients sum up on the leaf.
+
+        Under autocast they are rounded as the projection that takes them would round them.
+        """
+        kind = self.rows.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.rows.dtype
+        return expand(self.rows, self.inverse[first:last], dtype)
+
+
+@dataclass(frozen=True)
+class Upcoming:
+    """A batch's distinct rows on their way."""
+
+    unique: Tensor  # [U] int64
+    inverse: Tensor  # [B, T, L, K] int64
+    fetch: Fetch
+
+    def leaf(self) -> Leaf:
+        """Wait for them."""
+        rows = self.fetch.rows()
+        return Leaf(self.unique, self.inverse.to(rows.device), rows.requires_grad_())
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,7 @@ class Lookup:
     table: Table
 
     def __post_init__(self) -> None:
-        self.table.require(self.plan.num_rows)
+        self.table.bind(self.digest, self.plan.num_rows)
 
     def ids(
         self,
@@ -45,9 +65,16 @@ class Lookup:
         dead: Tensor | None = None,
         history: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Row numbers [B, T, L, K] of token ids [B, T], and the history after them; see `hash_ngrams`."""
-        canonical = self.vocabulary(tokens if dead is None else tokens.masked_fill(dead, 0))
-        return hash_ngrams(self.plan, canonical, segments=segments, dead=dead, history=history)
+        """Row numbers [B, T, L, K] of token ids [B, T], and the history after them; see `hash_ngrams`.
+
+        Both are where the table wants ids.
+        """
+        there = self.table.address_device
+        canonical = self.vocabulary((tokens if dead is None else tokens.masked_fill(dead, 0)).to(there))
+        segments = None if segments is None else segments.to(there)
+        return hash_ngrams(
+            self.plan, canonical, segments=segments, dead=None if dead is None else dead.to(there), history=history
+        )
 
     def rows(
         self,
@@ -61,12 +88,21 @@ class Lookup:
         ids, history = self.ids(tokens, segments=segments, dead=dead, history=history)
         return self.table.fetch(ids), history
 
+    def prefetch(self, tokens: Tensor, *, history: Tensor | None = None) -> tuple[Fetch, Tensor]:
+        """The same rows on their way, and the history: the model takes them when its first memory layer is reached."""
+        ids, history = self.ids(tokens, history=history)
+        return self.table.prefetch(ids), history
+
+    def upcoming(self, tokens: Tensor, segments: Tensor | None = None) -> Upcoming:
+        """Start fetching the distinct rows of a training batch [B, T]."""
+        unique, inverse = deduplicate(self.ids(tokens, segments=segments)[0])
+        return Upcoming(unique, inverse, self.table.prefetch(unique))
+
     def leaf(self, tokens: Tensor, segments: Tensor | None = None) -> Leaf:
         """The distinct rows of a training batch [B, T] as a leaf."""
-        unique, inverse = deduplicate(self.ids(tokens, segments=segments)[0])
-        return Leaf(unique, inverse, self.table.fetch(unique).requires_grad_())
+        return self.upcoming(tokens, segments).leaf()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Sixteen hex digits of vocabulary and plan: what a checkpoint keeps, since either decides every address."""
         return address_digest(self.vocabulary, self.plan)

@@ -4,78 +4,139 @@ Training uses each distinct row of a batch once, as a leaf, so that cost follows
 
     unique, inverse = deduplicate(ids)
     rows = table.fetch(unique).requires_grad_()                  # [U, d]
-    loss = model(tokens, F.embedding(inverse, rows)); loss.backward()
+    loss = model(tokens, expand(rows, inverse)); loss.backward()
     table.update(unique, rows.grad, lr)
+
+Every tier gives the same rows, bit for bit, before and after any updates; only memory and speed change.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import MismatchError
+from ..errors import ConfigError, MismatchError
+from .rows import RowFormat
 
 
-@dataclass(frozen=True)
-class Fetch:
-    """Rows on their way: `rows()` waits for them. Rows that are at hand already are simply held."""
-
-    ready: Tensor
+class Fetch(Protocol):
+    """Rows on their way."""
 
     def rows(self) -> Tensor:
-        """[..., d] float32, in the order of the ids that were asked for."""
-        return self.ready
+        """Wait for the rows [..., d] float32, in the order of the ids that were asked for; as of now, not of then."""
+
+
+class Later(Fetch):
+    """Rows that are at hand: read when they are wanted, and so never out of date."""
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self.read = read
+
+    def rows(self) -> Tensor:
+        """Read them."""
+        return self.read()
 
 
 class Table(ABC):
-    """`num_rows` rows of `dim` numbers, addressed by int64 ids from 0."""
+    """`num_rows` rows of `form.dim` numbers, addressed by int64 ids from 0.
 
+    Attributes:
+        form: how a row is encoded, and where rows start.
+        clock: updates so far; with the seed, all that stochastic rounding depends on.
+        device: where rows are delivered.
+        address_device: where ids are wanted.
+        digest: of the plan and vocabulary that the rows belong to; "" for none.
+    """
+
+    form: RowFormat
     num_rows: int
-    dim: int
+    device: torch.device
+    address_device: torch.device
+    clock: int = 0
+    digest: str = ""
+
+    def __init__(self, num_rows: int, form: RowFormat, device: torch.device | str = "cpu") -> None:
+        if num_rows < 1:
+            raise ConfigError(f"a table needs at least one row, got {num_rows}.")
+        self.num_rows, self.form, self.device = num_rows, form, torch.device(device)
+        self.address_device = self.device
 
     @property
-    @abstractmethod
+    def dim(self) -> int:
+        """Width of a row."""
+        return self.form.dim
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all rows, without optimizer state."""
+        """Bytes of all rows with what lies beside them, wherever they are."""
+        return self.num_rows * self.form.stride
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that the table takes."""
+        return self.nbytes
 
     @abstractmethod
     def fetch(self, ids: Tensor) -> Tensor:
-        """Rows [..., d] float32 of ids [...] int64, as a tensor of its own. Raises IndexError for an id outside."""
+        """Rows [..., d] float32 of ids [...] int64, as a tensor of its own on `device`. Raises IndexError for an id outside."""
 
     def prefetch(self, ids: Tensor) -> Fetch:
-        """Start fetching and return at once."""
-        return Fetch(self.fetch(ids))
+        """Start fetching and return at once. The rows are those of the moment in which they are taken."""
+        self.check(ids)
+        return Later(lambda: self.fetch(ids))
 
     @abstractmethod
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
         """Apply the row-wise optimizer to distinct ids [U] with gradients [U, d]."""
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint must keep: the rows and the optimizer's state."""
+    def write(self, ids: Tensor, rows: Tensor) -> None:
+        """Set rows [U, d] of distinct ids [U], rounded to the nearest of the encoding; accumulators stay."""
 
     @abstractmethod
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave. Raises MismatchError when the shapes are another table's."""
+    def save(self, directory: Path) -> None:
+        """Make the present state durable: what `load(directory, clock)` comes back to, at any time, in any process."""
 
-    def flush(self) -> None:  # noqa: B027  (tables in memory have nothing to flush)
-        """Make every update durable."""
+    @abstractmethod
+    def load(self, directory: Path, clock: int) -> None:
+        """Return to the state that was saved when `clock` updates were done. Raises MismatchError for another table's."""
 
-    def close(self) -> None:  # noqa: B027  (nor to close)
+    def begin(self, *, again: bool = False) -> None:  # noqa: B027  (memory starts empty)
+        """Called by a run that starts here; `again` when an earlier try left no checkpoint, and is to be forgotten."""
+
+    def settle(self, clock: int) -> None:  # noqa: B027  (tables in memory keep nothing)
+        """No state before that of `clock` will be loaded again: what was kept for it may go."""
+
+    def close(self) -> None:  # noqa: B027
         """Release files and memory; the table is not used afterwards."""
 
-    def require(self, num_rows: int) -> None:
-        """Raise MismatchError unless the table has the `num_rows` rows that a plan addresses."""
+    def bind(self, digest: str, num_rows: int) -> None:
+        """Tie the table to a plan. Raises MismatchError when it belongs to another one or lacks rows that the plan addresses."""
+        if self.digest not in ("", digest):
+            raise MismatchError(
+                f"the table belongs to the plan and vocabulary {self.digest}, these are {digest}: every row would be read "
+                "from the wrong place."
+            )
+        self.digest = digest
         if self.num_rows < num_rows:
             raise MismatchError(
                 f"the table has {self.num_rows:,} rows but the plan's primes address {num_rows:,}: the last heads would "
                 "read past its end."
             )
 
-
-def deduplicate(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids [U], ascending, and where each of `ids` [...] is among them: `unique[inverse]` equals `ids`."""
-    return torch.unique(ids, return_inverse=True)
+    def check(self, ids: Tensor) -> Tensor:
+        """The ids, flat. Raises IndexError when one lies outside of the table."""
+        flat = ids.reshape(-1)
+        if flat.numel():
+            low, high = (int(end) for end in flat.aminmax())
+            if low < 0 or high >= self.num_rows:
+                raise IndexError(
+                    f"row ids run from {low} to {high}, but the table has rows 0 to {self.num_rows - 1}: they were made by "
+                    "another plan, and other rows would have been read."
+                )
+        return flat

@@ -1,65 +1,55 @@
-"""The simplest tier: all rows in one tensor of the device that computes."""
+"""The plainest tier: all records in one tensor of the device that computes, read and updated by plain torch.
+
+It is the slow truth of every other tier, and on a GPU it is the fast one.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MismatchError
 from .base import Table
+from .rows import RowFormat, encode, read_rows, update_rows
+from .saved import load_records, save_records
 
 
 class DeviceTable(Table):
-    """Rows in memory, updated by row-wise Adagrad with one float of state a row.
+    """Records in the memory of `device`."""
 
-    Rows start at zero (the Engram layer's value projection is alive, so they learn from the first step), or from
-    N(0, std) when `std` is given. A row's step is lr * gradient / sqrt(accumulated mean square), so the first one has
-    a root mean square of lr however small the gradient is: rare rows learn as fast as frequent ones do at first.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        dim: int,
-        *,
-        std: float = 0.0,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if num_rows < 1 or dim < 1:
-            raise ConfigError(f"a table needs at least one row and one column, got {num_rows} x {dim}.")
-        self.num_rows, self.dim = num_rows, dim
-        self.rows = torch.zeros(num_rows, dim, device=device)
-        if std:
-            self.rows.normal_(std=std, generator=torch.Generator(device).manual_seed(seed))
-        self.second_moment = torch.zeros(num_rows, device=device)
+    def __init__(self, num_rows: int, form: RowFormat, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_rows, form, device)
+        self.records = torch.zeros(num_rows, form.stride, dtype=torch.uint8, device=device)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self.rows.nbytes
+    def rows(self) -> Tensor:
+        """The rows [num_rows, d] of an fp32 table as a view, to be looked at or set by hand."""
+        return self.records.view(torch.float32)[:, : self.dim]
 
     def fetch(self, ids: Tensor) -> Tensor:
         """Rows [..., d] of ids [...]."""
-        flat = ids.flatten()
-        return self.rows.index_select(0, flat).view(*ids.shape, self.dim)
+        flat = self.check(ids.to(self.device))
+        return read_rows(self.form, self.records, flat, flat).view(*ids.shape, self.dim)
 
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
-        """Row-wise Adagrad (Duchi 2011, one accumulator a row as in DLRM) on distinct ids."""
-        moment = self.second_moment.index_select(0, ids) + grads.square().mean(dim=1)
-        self.second_moment.index_copy_(0, ids, moment)
-        step = grads * (-lr * (moment + 1e-24).rsqrt())[:, None]
-        self.rows.index_add_(0, ids, step)
+        """Row-wise Adagrad on distinct ids."""
+        ids = self.check(ids.to(self.device))
+        update_rows(self.form, self.records, ids, ids, grads.to(self.device, torch.float32), lr, self.clock)
+        self.clock += 1
 
-    def state(self) -> dict[str, Tensor]:
-        """Rows and accumulators."""
-        return {"rows": self.rows, "second_moment": self.second_moment}
+    def write(self, ids: Tensor, rows: Tensor) -> None:
+        """Set rows."""
+        ids = self.check(ids.to(self.device))
+        self.records[ids, : self.form.row_bytes] = encode(self.form, rows.to(self.device, torch.float32))
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Copy rows and accumulators in."""
-        for name, target in self.state().items():
-            source = state.get(name)
-            if source is None or source.shape != target.shape:
-                found = "nothing" if source is None else f"{list(source.shape)}"
-                raise MismatchError(f"table state {name!r}: expected {list(target.shape)}, found {found}.")
-            target.copy_(source)
+    def save(self, directory: Path) -> None:
+        """Write directory/table.safetensors."""
+        save_records(directory / "table.safetensors", self.records.cpu().numpy(), self.form, self.digest)
+
+    def load(self, directory: Path, clock: int) -> None:
+        """Read it."""
+        records = torch.empty(self.records.shape, dtype=torch.uint8)
+        load_records(directory / "table.safetensors", records.numpy(), self.form, self.digest)
+        self.records.copy_(records)
+        self.clock = clock

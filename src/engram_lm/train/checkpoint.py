@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,8 +23,18 @@ from ..errors import CheckpointError
 FACTS, MANIFEST = "facts.json", "manifest.json"
 
 
-def save(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], facts: dict[str, Any], keep: int = 2) -> Path:
+def save(
+    directory: Path,
+    step: int,
+    parts: dict[str, dict[str, Tensor]],
+    facts: dict[str, Any],
+    keep: int = 2,
+    *,
+    also: Callable[[Path], None] | None = None,
+) -> Path:
     """Write `parts` (a safetensors file each) and `facts` (JSON) as checkpoint `step`; leave the newest `keep`.
+
+    also: called with the directory that is being written, to add files of its own (a table's).
 
     Raises CheckpointError when the disk is full or not writable; earlier checkpoints are not touched then.
     """
@@ -37,6 +48,8 @@ def save(directory: Path, step: int, parts: dict[str, dict[str, Tensor]], facts:
             save_file(
                 {key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / f"{name}.safetensors"
             )
+        if also:
+            also(partial)
         (partial / FACTS).write_text(json.dumps({"step": step, **facts}, indent=1), encoding="utf-8")
         files = {path.name: checksum(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(files, separators=(",", ":")), encoding="utf-8")
@@ -76,6 +89,11 @@ def latest(directory: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def facts_of(checkpoint: Path) -> dict[str, Any]:
+    """What a complete checkpoint says of itself; its files are not verified."""
+    return json.loads((checkpoint / FACTS).read_text(encoding="utf-8"))
+
+
 class Checkpoint:
     """A checkpoint on disk, verified on opening: its `facts`, and parts by name.
 
@@ -99,7 +117,7 @@ class Checkpoint:
                     f"{path / name}: its checksum is {found[:12]}, the manifest says {str(expected)[:12]}: the file was "
                     f"truncated or altered, and training would have gone on from other weights.{self._advice()}"
                 )
-        self.facts: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        self.facts = facts_of(path)
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one part."""

@@ -13,10 +13,11 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,7 +26,8 @@ from .. import __version__
 from .. import config as configs
 from ..errors import CheckpointError, ConfigError, MismatchError, TrainingError
 from ..model.lm import LanguageModel, ModelConfig
-from ..model.lookup import Leaf, Lookup
+from ..model.lookup import Lookup, Upcoming
+from ..tables import TableConfig
 from . import checkpoint as checkpoints
 from .loader import Batch, LoaderState
 from .optim import OptimConfig, Optimizer, schedule
@@ -62,6 +64,10 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    prefetch: bool = True
+    """Load the next batch and fetch its rows while this one computes; the result is the same to the bit."""
+    table: TableConfig = field(default_factory=TableConfig)
+    """Where the memory's rows live, and how they are encoded."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints"):
@@ -79,6 +85,14 @@ class Batches(Protocol):
 
     def next(self, state: LoaderState) -> tuple[Batch, LoaderState]:
         """The batch at `state`, and the state after it."""
+
+
+class Prepared(NamedTuple):
+    """A batch whose rows are on their way."""
+
+    batch: Batch
+    rows: Upcoming | None
+    after: LoaderState
 
 
 Evaluate = Callable[[LanguageModel, Lookup | None], dict[str, float]]
@@ -128,10 +142,14 @@ class Training:
                 self._restore(newest)
             else:  # a run killed before its first checkpoint begins again
                 start_directory(directory, config, again=resume)
+                if lookup:
+                    lookup.table.begin(again=resume)
             self.metrics = Metrics(directory / "metrics.jsonl", after=self.done_steps, tensorboard=tensorboard)
         except BaseException:
             self.claim.close()
             raise
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="engram-batch") if config.prefetch else None
+        self.ahead: Future[Prepared] | None = None
         self.loss_of = torch.compile(self.model.loss) if config.compile else self.model.loss
 
     @property
@@ -142,9 +160,9 @@ class Training:
     def step(self) -> dict[str, float]:
         """One optimizer step, and the evaluation and checkpoint that are due after it; the step's metrics."""
         began = time.perf_counter()
-        batch, loader_state = self.batches.next(self.loader_state)
+        batch, rows, loader_state = self._upcoming()
         self.model.train()
-        loss, norm, multiple = self._update(on(batch, self.device))
+        loss, norm, multiple = self._update(batch, rows)
         self.loader_state = loader_state
         self.done_steps += 1
         at = {"step": self.done_steps, "tokens": self.done_steps * batch.tokens.numel()}
@@ -158,9 +176,22 @@ class Training:
             self.save()
         return {**at, **measured}
 
-    def _update(self, batch: Batch) -> tuple[float, float, float]:
+    def _upcoming(self) -> Prepared:
+        """The batch that is due; while it computes, the one after it is prepared."""
+        due = self.ahead.result() if self.ahead else self._prepare(self.loader_state)
+        last = self.done_steps + 1 == self.config.steps
+        self.ahead = None if last or not self.worker else self.worker.submit(self._prepare, due.after)
+        return due
+
+    def _prepare(self, state: LoaderState) -> Prepared:
+        """Load, address, and start to fetch the batch at `state`."""
+        batch, after = self.batches.next(state)
+        return Prepared(batch, self.lookup.upcoming(batch.tokens, batch.segments) if self.lookup else None, after)
+
+    def _update(self, batch: Batch, upcoming: Upcoming | None) -> tuple[float, float, float]:
         """Backward through the batch in `accumulate` parts, then update; loss (nats a token), gradient norm, lr multiple."""
-        leaf: Leaf | None = self.lookup.leaf(batch.tokens, batch.segments) if self.lookup else None
+        leaf = upcoming.leaf() if upcoming else None
+        batch = on(batch, self.device)
         count = (batch.targets >= 0).sum().clamp_min(1)
         total = torch.zeros((), device=self.device)
         size = len(batch.tokens) // self.config.accumulate
@@ -191,17 +222,25 @@ class Training:
         if self.saved_step == self.done_steps:
             return
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
-        if self.lookup:
-            parts["table"] = self.lookup.table.state()
+        table = self.lookup.table if self.lookup else None
         facts = {
             **self.identity,
             "loader": asdict(self.loader_state),
+            "table_clock": table.clock if table else None,
             "environment": environment(self.config, self.device),
         }
+        directory = self.directory / "checkpoints"
         checkpoints.save(
-            self.directory / "checkpoints", self.done_steps, parts, facts, keep=self.config.keep_checkpoints
+            directory,
+            self.done_steps,
+            parts,
+            facts,
+            keep=self.config.keep_checkpoints,
+            also=table.save if table else None,
         )
         self.saved_step = self.done_steps
+        if table:
+            table.settle(checkpoints.facts_of(checkpoints.checkpoints(directory)[0])["table_clock"])
 
     def _restore(self, newest: Path) -> None:
         """Take over a checkpoint of the same run."""
@@ -219,13 +258,15 @@ class Training:
         self.model.load_state_dict(saved.part("model"))
         self.optimizer.load_state(saved.part("optimizer"))
         if self.lookup:
-            self.lookup.table.load_state(saved.part("table"))
+            self.lookup.table.load(newest, saved.facts["table_clock"])
         self.done_steps = self.saved_step = int(saved.facts["step"])
         self.loader_state = LoaderState(**saved.facts["loader"])
 
     def close(self) -> None:
         """Release the directory and leave the model ready to be used."""
         self.model.eval()
+        if self.worker:
+            self.worker.shutdown()
         if self.metrics.board:
             self.metrics.board.close()
         self.claim.close()

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 
 from .. import config as configs
 from ..errors import CheckpointError, DataError, MismatchError
-from ..model.lm import LanguageModel, ModelConfig
-from ..model.lookup import Lookup, build_plan, build_vocabulary
-from ..tables import DeviceTable
+from ..model.lm import LanguageModel
+from ..model.lookup import Lookup, address_digest, build_plan, build_vocabulary
+from ..tables import build_table
 from . import checkpoint as checkpoints
 from .loop import TrainConfig, choose_device, explain_mismatch
 from .shards import TokenData, open_shards, write_shards
@@ -79,13 +79,26 @@ def _prepare(
     return data, found
 
 
-def build_lookup(model: ModelConfig, tokenizer: Tokenizer, device: torch.device | str = "cpu") -> Lookup | None:
-    """Vocabulary, plan and an empty table for a model's memory; None for a model without one."""
-    if model.memory is None:
+def build_lookup(config: TrainConfig, tokenizer: Tokenizer, directory: Path, *, write: bool = True) -> Lookup | None:
+    """Vocabulary, plan and table of a run in `directory`; None for a model without a memory.
+
+    The table is empty, or a file that is there already; `write` opens that to be trained.
+    """
+    memory = config.model.memory
+    if memory is None:
         return None
-    vocabulary = build_vocabulary(model.memory.hash, tokenizer)
-    plan = build_plan(model.memory.hash, vocabulary)
-    return Lookup(vocabulary, plan, DeviceTable(plan.num_rows, model.memory.engram.row_dim, device=device))
+    vocabulary = build_vocabulary(memory.hash, tokenizer)
+    plan = build_plan(memory.hash, vocabulary)
+    table = build_table(
+        config.table,
+        plan.num_rows,
+        memory.engram.row_dim,
+        digest=address_digest(vocabulary, plan),
+        directory=directory,
+        device=choose_device(config.device),
+        write=write,
+    )
+    return Lookup(vocabulary, plan, table)
 
 
 def fit_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
@@ -132,13 +145,13 @@ def load_run(directory: Path, device: str = "auto") -> TrainedModel:
     where = choose_device(device)
     model = LanguageModel.build(config.model, device=where)
     model.load_state_dict(saved.part("model"))
-    lookup = build_lookup(config.model, tokenizer, where)
+    lookup = build_lookup(replace(config, device=str(where)), tokenizer, directory, write=False)
     if lookup:
         if saved.facts["address_digest"] != lookup.digest:
             raise MismatchError(
                 f"{newest}: {explain_mismatch('address_digest', saved.facts['address_digest'], lookup.digest)}"
             )
-        lookup.table.load_state(saved.part("table"))
+        lookup.table.load(newest, saved.facts["table_clock"])
     return TrainedModel(config, model.eval(), lookup, tokenizer, where, int(saved.facts["step"]))
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -16,11 +16,12 @@ from rich.text import Text
 from tyro import MISSING_NONPROP
 from tyro.conf import AvoidSubcommands, Positional, arg, subcommand
 
-from . import config as configs
-from .errors import DataError, EngramError
-from .model.presets import PRESETS, get_preset
-from .train.allocator import keep_freed_memory
-from .train.loop import TrainConfig
+from .. import config as configs
+from ..errors import DataError, EngramError
+from ..model.presets import PRESETS, get_preset
+from ..tables import TableConfig
+from ..train.allocator import keep_freed_memory
+from ..train.loop import TrainConfig
 
 DESCRIPTION = """engram-lm: conditional memory for language models.
 
@@ -50,12 +51,13 @@ class Quickstart:
     """Directory of the run; the report is OUT/report.html. The same command goes on with an interrupted one."""
     seed: int = 0
     """Seed of weights, batches and people."""
+    table: TableConfig = field(default_factory=TableConfig)
 
     def run(self, console: Console) -> int:
         """Train, measure, write the report."""
-        from .quickstart import BUDGETS, quickstart
+        from ..quickstart import BUDGETS, Settings, quickstart
 
-        path = quickstart(self.data, BUDGETS[self.budget], self.out, self.seed, console)
+        path = quickstart(self.data, Settings(BUDGETS[self.budget], self.seed, self.table), self.out, console)
         if path is None:
             return 130
         console.print(f"\nReport: [bold]{path}[/bold] (open it in a browser)")
@@ -82,11 +84,11 @@ class Train:
 
     def run(self, console: Console) -> int:
         """Prepare the text, train, and print the last evaluation."""
-        from .evaluate.loss import bytes_of_tokens, measure
-        from .train.loader import Loader, windows
-        from .train.loop import Training, train
-        from .train.run import build_lookup, fit_vocabulary, prepare_text
-        from .train.tokenizer import tokenizer_digest
+        from ..evaluate.loss import bytes_of_tokens, measure
+        from ..train.loader import Loader, windows
+        from ..train.loop import Training, train
+        from ..train.run import build_lookup, fit_vocabulary, prepare_text
+        from ..train.tokenizer import tokenizer_digest
 
         data, tokenizer = prepare_text(
             self.data, self.out, tokenizer=self.tokenizer, vocab_size=self.config.model.vocab_size, say=console.print
@@ -102,7 +104,7 @@ class Train:
             config,
             self.out,
             Loader(data.train, config.batch_size, config.length, config.seed),
-            build_lookup(config.model, tokenizer),
+            build_lookup(config, tokenizer, self.out),
             evaluate=evaluate,
             facts={"tokenizer_digest": tokenizer_digest(tokenizer), "text": data.meta.train.tokens_crc32},
             resume=self.resume,
@@ -132,12 +134,12 @@ class Evaluate:
 
     def run(self, console: Console) -> int:
         """Load, measure, print."""
-        from .evaluate.loss import bytes_of_tokens, measure
-        from .train.loader import windows
-        from .train.precision import autocast
-        from .train.run import beside, load_run
-        from .train.shards import open_shards, split_in_memory
-        from .train.sources import read_documents
+        from ..evaluate.loss import bytes_of_tokens, measure
+        from ..train.loader import windows
+        from ..train.precision import autocast
+        from ..train.run import beside, load_run
+        from ..train.shards import open_shards, split_in_memory
+        from ..train.sources import read_documents
 
         trained = load_run(self.directory, self.device)
         config, tokenizer = trained.config, trained.tokenizer
@@ -178,9 +180,9 @@ class Generate:
         """Load, generate, print."""
         import torch
 
-        from .generate import generate
-        from .train.run import load_run
-        from .train.tokenizer import separator_id
+        from ..generate import generate
+        from ..train.run import load_run
+        from ..train.tokenizer import separator_id
 
         trained = load_run(self.directory, self.device)
         separator = separator_id(trained.tokenizer)
@@ -223,7 +225,7 @@ class Count:
 
     def run(self, console: Console) -> int:
         """Count and print."""
-        from .model.count import count
+        from ..model.count import count
 
         console.print(count(load_config(self.model).model, context=self.context))
         return 0

@@ -1,0 +1,134 @@
+"""Timing several ways to do one thing: a call of each in turn, round after round, so that whatever else the machine does
+hits all of them alike.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from ..errors import EngramError
+from .results import Case, Entry, Results
+
+SQUARE = torch.ones(768, 768)
+
+
+class WrongResultError(EngramError, RuntimeError):
+    """A contender does not compute what it should, so its time would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do it: `run(*prepare())`, of which only `run` is timed.
+
+    right(result, *arguments): whether the result is what it should be; asked once, before anything is timed.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    right: Callable[..., bool]
+    prepare: Callable[[], tuple[Any, ...]] = tuple
+    note: str = ""
+
+
+class Meter:
+    """Collects the cases of one run."""
+
+    def __init__(self, bench: str, rounds: int) -> None:
+        self.bench, self.rounds = bench, rounds
+        self.machine = describe_machine()
+        self.cases: list[Case] = []
+        self.calibration: list[float] = []
+        self.left_out: dict[str, str] = {}
+
+    def measure(self, title: str, contenders: Sequence[Contender], *, unit: str = "", work: int = 1) -> Case:
+        """Check what each contender computes, then time them, a call of each a round; the first round only warms up.
+
+        The first contender is the reference of the ratios. Raises WrongResultError for one that computes something else.
+        """
+        for contender in contenders:
+            arguments = contender.prepare()
+            if not contender.right(contender.run(*arguments), *arguments):
+                raise WrongResultError(
+                    f"bench {self.bench}, {title}: {contender.name} does not compute what it should; its time would mean "
+                    "nothing."
+                )
+        seconds: list[list[float]] = [[] for _ in contenders]
+        for number in track(range(self.rounds + 1), title, transient=True, disable=not sys.stdout.isatty()):
+            self.calibration.append(timed(fixed_work))
+            for position in range(len(contenders)):
+                which = (number + position) % len(contenders)
+                seconds[which].append(timed(contenders[which].run, *contenders[which].prepare()))
+        entries = (
+            Entry(contender.name, tuple(times[1:]), contender.note)
+            for contender, times in zip(contenders, seconds, strict=True)
+        )
+        self.cases.append(Case(title, tuple(entries), unit, work))
+        return self.cases[-1]
+
+    def results(self) -> Results:
+        """What was measured."""
+        calibration = Entry("a matrix product", tuple(self.calibration))
+        return Results(self.bench, tuple(self.cases), calibration, self.left_out, self.machine)
+
+
+def timed(run: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds that one call takes; what it returns is freed after the clock has stopped."""
+    began = time.perf_counter()
+    result = run(*arguments)
+    seconds = time.perf_counter() - began
+    del result
+    return seconds
+
+
+def fixed_work() -> torch.Tensor:
+    """Some milliseconds of always the same work, on all threads."""
+    return torch.mm(SQUARE, SQUARE)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a figure must be read with: processor, memory, versions, load."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "ram_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "huge_pages": huge_pages(),
+        "load": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: installed(name) or "none" for name in ("engram-lm", "torch", "numba", "numpy")},
+    }
+
+
+def cpu_name() -> str:
+    """As the system has it."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def huge_pages() -> str:
+    """`always`, `madvise` (on request, as the tables do) or `never`."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.read_text().split("[")[1].split("]")[0] if path.exists() else "none"
+
+
+def installed(distribution: str) -> str | None:
+    """Version of an installed distribution."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,190 @@
+"""A table over a store: read, update and encode records where the store holds them, fetching ahead.
+
+A prefetch is exact: rows that are updated between its start and its end are read again, so results are those of a run
+that fetches at the last moment. `asynchronous=True` leaves that out: rows may then miss the last update.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..errors import ConfigError
+from . import rows as truth
+from .base import Fetch, Table
+from .dedup import deduplicate
+from .store import Held, Store
+
+
+class StoredTable(Table):
+    """Rows wherever `store` has them, delivered to `device`.
+
+    asynchronous: rows that were fetched ahead are not refreshed; faster where most rows repeat, and not exact.
+    """
+
+    def __init__(self, store: Store, device: torch.device | str = "cpu", *, asynchronous: bool = False) -> None:
+        super().__init__(store.num_rows, store.form, device)
+        self.address_device = torch.device("cpu")
+        self.store, self.asynchronous = store, asynchronous
+        self.lock = threading.RLock()
+        self.travelling: weakref.WeakSet[Travelling] = weakref.WeakSet()
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="engram-fetch")
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def resident(self) -> int:
+        """Bytes of RAM that the store takes."""
+        return self.store.resident
+
+    def fetch(self, ids: Tensor) -> Tensor:
+        """Rows [..., d] of ids [...]."""
+        flat = self.check(ids.cpu())
+        if self.store.in_memory:
+            rows = self.read(flat.numpy())
+        else:
+            unique, inverse = deduplicate(flat)
+            rows = self.read(unique.numpy()).index_select(0, inverse)
+        return self.deliver(rows).view(*ids.shape, self.dim)
+
+    def prefetch(self, ids: Tensor) -> Fetch:
+        """Start reading on another thread, and copying to the device on another stream."""
+        if self.store.in_memory and self.stream is None:
+            return super().prefetch(ids)
+        return Travelling(self, ids)
+
+    def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
+        """Row-wise Adagrad on distinct ids, where the records are held."""
+        self._alterable()
+        numbers = self.check(ids.cpu()).numpy()
+        gradients = grads.detach().to("cpu", torch.float32).contiguous().numpy()
+        with self.lock:
+            held = self.store.hold(numbers)
+            _update(self.form, held, numbers, gradients, lr, self.clock)
+            self._changed(numbers, held)
+            self.clock += 1
+
+    def write(self, ids: Tensor, rows: Tensor) -> None:
+        """Set rows."""
+        self._alterable()
+        numbers = self.check(ids.cpu()).numpy()
+        encoded = truth.encode(self.form, rows.detach().to("cpu", torch.float32)).numpy()
+        with self.lock:
+            held = self.store.hold(numbers)
+            held.records[held.slots, : self.form.row_bytes] = encoded
+            self._changed(numbers, held)
+
+    def save(self, directory: Path) -> None:
+        """Commit the store under the present clock."""
+        with self.lock:
+            self.store.save(directory, self.clock, self.digest)
+
+    def load(self, directory: Path, clock: int) -> None:
+        """Roll the store back to that commit."""
+        with self.lock:
+            self.store.load(directory, clock, self.digest)
+            self.clock = clock
+            for fetch in self.travelling:
+                fetch.stale.append(fetch.ids)
+
+    def settle(self, clock: int) -> None:
+        """Let the store drop what only earlier commits need."""
+        with self.lock:
+            self.store.settle(clock)
+
+    def close(self) -> None:
+        """Wait for reads under way and release the store."""
+        self.worker.shutdown()
+        self.store.close()
+
+    def read(self, ids: np.ndarray) -> Tensor:
+        """Rows [U, d] of ids [U] in RAM; pinned where they go on to a GPU."""
+        with self.lock:
+            return self.gather(self.store.hold(ids), ids)
+
+    def gather(self, held: Held, ids: np.ndarray) -> Tensor:
+        """Decode held records."""
+        if not kernels.compiled():
+            return truth.read_rows(self.form, *map(torch.from_numpy, (held.records, held.slots, ids)))
+        from ..kernels.rows import read_rows
+
+        rows = torch.empty(len(ids), self.dim, pin_memory=self.stream is not None)
+        read_rows(self.form, held.records, held.slots, ids, rows.numpy())
+        return rows
+
+    def deliver(self, rows: Tensor) -> Tensor:
+        """Rows on the device; on a GPU a copy on a stream of its own, which the present one waits for."""
+        if self.stream is None:
+            return rows
+        with torch.cuda.stream(self.stream):
+            there = rows.to(self.device, non_blocking=True)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        there.record_stream(torch.cuda.current_stream(self.device))
+        return there
+
+    def _changed(self, ids: np.ndarray, held: Held) -> None:
+        self.store.changed(ids, held)
+        for fetch in self.travelling:
+            fetch.stale.append(ids)
+
+    def _alterable(self) -> None:
+        if not self.store.writable or not self.form.trainable:
+            reason = "was opened for reading" if not self.store.writable else "holds rows without accumulators"
+            raise ConfigError(f"the table {reason}: its rows cannot be altered, and the update would have been lost.")
+
+
+class Travelling(Fetch):
+    """Rows [..., d] that are being read on the table's own thread."""
+
+    def __init__(self, table: StoredTable, ids: Tensor) -> None:
+        self.table, self.shape = table, ids.shape
+        flat = table.check(ids.cpu())
+        self.inverse: Tensor | None = None  # of ids that are distinct and ascending already, as those of a batch are
+        if not bool((flat[1:] > flat[:-1]).all()):
+            flat, self.inverse = deduplicate(flat)
+        self.ids = flat.numpy()
+        self.stale: list[np.ndarray] = []  # ids that were updated since the rows were read
+        with table.lock:
+            table.travelling.add(self)
+        self.future: Future[Tensor] = table.worker.submit(self._read)
+
+    def _read(self) -> Tensor:
+        staged = self.table.store.stage(self.ids)
+        with self.table.lock:
+            held = self.table.store.hold(self.ids, staged.without(self._updated()))
+            self.stale.clear()
+            rows = self.table.gather(held, self.ids)
+        return rows if self.table.stream is None else self.table.deliver(rows)
+
+    def rows(self) -> Tensor:
+        """Wait, and read again what was updated meanwhile."""
+        table = self.table
+        rows = self.future.result()
+        with table.lock:
+            table.travelling.discard(self)
+            if self.stale and not table.asynchronous:
+                again = np.flatnonzero(np.isin(self.ids, self._updated(), assume_unique=True))
+                rows[torch.from_numpy(again)] = table.deliver(table.read(self.ids[again]))
+        if self.inverse is not None:
+            rows = rows.index_select(0, self.inverse.to(rows.device))
+        return rows.view(*self.shape, table.dim)
+
+    def _updated(self) -> np.ndarray:
+        return np.unique(np.concatenate(self.stale)) if self.stale else np.empty(0, np.int64)
+
+
+def _update(form: truth.RowFormat, held: Held, ids: np.ndarray, grads: np.ndarray, lr: float, clock: int) -> None:
+    """The optimizer's kernel, or the truth."""
+    if kernels.compiled():
+        from ..kernels.rows import update_rows
+
+        update_rows(form, held.records, held.slots, ids, grads, lr, clock)
+    else:
+        records, slots, numbers, gradients = map(torch.from_numpy, (held.records, held.slots, ids, grads))
+        truth.update_rows(form, records, slots, numbers, gradients, lr, clock)

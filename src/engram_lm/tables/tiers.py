@@ -1,0 +1,134 @@
+"""Which tier a table lives in: chosen by configuration, the same rows in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..errors import ConfigError
+from .base import Table
+from .cached import CachedStore
+from .device import DeviceTable
+from .disk import FileStore
+from .file import TableFile
+from .host import HostTable
+from .rows import Encoding, RowFormat
+from .saved import require
+from .stored import StoredTable
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Where a memory's rows live and how they are encoded. The tier changes memory and speed, never a bit of the rows."""
+
+    tier: Literal["auto", "device", "host", "disk"] = "auto"
+    """device: memory of the device that computes; host: RAM; disk: a file, with hot rows in RAM. auto: device on a GPU,
+    host on a CPU."""
+    encoding: Encoding = "fp32"
+    """Of a row; all but fp32 are trained with stochastic rounding."""
+    std: float = 0.0
+    """Spread of rows that were never written; 0: they are zero."""
+    seed: int = 0
+    """Of those rows and of stochastic rounding."""
+    file: str = ""
+    """Table file of tier disk. Default: table.safetensors in the run directory."""
+    memory: float = 1.0
+    """GB of RAM in which tier disk keeps hot rows."""
+    journal: float = 4.0
+    """GB that the journal of tier disk grows to before it is applied to the file."""
+    asynchronous: bool = False
+    """Do not refresh rows that were fetched ahead and then updated: NOT exact, rows may miss their last update."""
+
+    def __post_init__(self) -> None:
+        if self.memory < 0 or self.journal < 0:
+            raise ConfigError(
+                f"table.memory and table.journal are at least 0 GB, got {self.memory} and {self.journal}."
+            )
+        if self.file and self.tier != "disk":
+            raise ConfigError(f"table.file {self.file!r} was given with tier {self.tier!r}: only tier disk reads it.")
+
+    def form(self, dim: int) -> RowFormat:
+        """The format of rows of width `dim` that are trained."""
+        return RowFormat(dim, self.encoding, std=self.std, seed=self.seed)
+
+
+def build_table(
+    config: TableConfig,
+    num_rows: int,
+    dim: int,
+    *,
+    digest: str,
+    directory: Path,
+    device: torch.device | str = "cpu",
+    write: bool = True,
+) -> Table:
+    """A table of the configured tier: empty in memory; on disk the file, created as a sparse one unless it is there.
+
+    Raises MismatchError when the file belongs to another plan or holds rows of another format.
+    """
+    form, device = config.form(dim), torch.device(device)
+    tier = config.tier if config.tier != "auto" else "device" if device.type == "cuda" else "host"
+    if tier == "device":
+        return DeviceTable(num_rows, form, device)
+    if tier == "host":
+        return HostTable(num_rows, form, device, asynchronous=config.asynchronous)
+    path = Path(config.file) if config.file else directory / "table.safetensors"
+    if write and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TableFile.create(path, num_rows, form, digest=digest).close()
+    return DiskTable(
+        path,
+        form=form,
+        num_rows=num_rows,
+        digest=digest,
+        write=write,
+        memory=int(config.memory * 1e9),
+        journal=int(config.journal * 1e9),
+        device=device,
+        asynchronous=config.asynchronous,
+    )
+
+
+class DiskTable(StoredTable):
+    """A table file, with hot rows in `memory` bytes of RAM.
+
+    form, num_rows, digest: what the file must hold; None for whatever it does. write: train it, in place, through a journal of at
+    most about `journal` bytes. Raises MismatchError when the file is another table's.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        form: RowFormat | None = None,
+        num_rows: int | None = None,
+        digest: str | None = None,
+        write: bool = False,
+        memory: int = 1 << 30,
+        journal: int = 4 << 30,
+        reads: Literal["direct", "map"] = "direct",
+        device: torch.device | str = "cpu",
+        asynchronous: bool = False,
+    ) -> None:
+        file = TableFile.open(path, write=write, digest=digest)
+        try:
+            if form is not None:
+                require(file, form, num_rows or file.num_rows)
+            self.file_store = FileStore(file, journal_limit=journal, reads=reads)
+        except BaseException:
+            file.close()
+            raise
+        rows = min(memory // CachedStore.bytes_per_row(file.form), file.num_rows)
+        super().__init__(
+            CachedStore(self.file_store, rows) if rows else self.file_store, device, asynchronous=asynchronous
+        )
+        self.digest, self.clock = file.digest, self.file_store.clock
+
+    def begin(self, *, again: bool = False) -> None:
+        """Start from the rows of the file. Raises MismatchError when a journal holds another run's updates."""
+        with self.lock:
+            self.file_store.begin(again=again)
+            self.clock = self.file_store.clock
