@@ -17,7 +17,6 @@ from tiny import (
     BASE,
     ENGRAM,
     EVERYTHING,
-    FILE_OPERATIONS,
     assert_same,
     config,
     copy,
@@ -29,19 +28,24 @@ from tiny import (
     run_in_process,
     split,
     training,
+    watch_file_operations,
     write_texts,
 )
 
 from engram_lm.errors import CheckpointError, MismatchError, TrainingError
-from engram_lm.train import checkpoint as checkpoints
 from engram_lm.model.lookup import Lookup
-from engram_lm.tables import DeviceTable, RowFormat
+from engram_lm.tables import DeviceTable, RowFormat, TableConfig
+from engram_lm.train import checkpoint as checkpoints
 from engram_lm.train.checkpoint import Checkpoint, latest
 from engram_lm.train.loader import Loader
 from engram_lm.train.loop import TrainConfig, Training, train
 
 KILLS = int(os.environ.get("ENGRAM_KILLS", "4"))  # of each kind; 20 is the bar
 SETTINGS = config(EVERYTHING, steps=5, checkpoint_every=1, keep_checkpoints=2)
+ON_DISK = replace(  # a cache that must evict, and a journal that is applied at every checkpoint
+    SETTINGS, table=TableConfig("disk", "fp8_e8m0", memory=2e-6, journal=0.0)
+)
+TIERS = {"memory": SETTINGS, "disk": ON_DISK}
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +56,32 @@ def whole(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module", params=TIERS)
+def tier(request, tmp_path_factory) -> tuple[TrainConfig, Path]:
+    """Settings for a table in memory and for one on disk, and a run of each that nothing happened to."""
+    settings, directory = TIERS[request.param], tmp_path_factory.mktemp(request.param)
+    finish(training(directory, settings))
+    return settings, directory
+
+
 # --- kill -9 ------------------------------------------------------------------------------------------------
 
 
 def counted(directory: str, settings: TrainConfig, answer) -> None:
     """Train to the end and say how many file operations that took."""
 
-    def hook(event: str, _: object) -> None:
-        answer.value += event in FILE_OPERATIONS
+    def note() -> None:
+        answer.value += 1
 
-    sys.addaudithook(hook)
+    watch_file_operations(note)
     run_in_process(directory, settings)
 
 
-def test_killed_before_any_file_operation_a_run_ends_the_same(tmp_path, processes, whole):
+def test_killed_before_any_file_operation_a_run_ends_the_same(tmp_path, processes, tier):
     """Each run is killed twice: before an operation on a file, and again after it was resumed."""
+    settings, whole = tier
     total = processes.Value("i", 0)
-    assert exit_code(processes, counted, str(tmp_path / "counted"), SETTINGS, total) == 0
+    assert exit_code(processes, counted, str(tmp_path / "counted"), settings, total) == 0
     assert total.value > 100
     rng = random.Random(0)
     share = range(0, total.value, -(-total.value // KILLS))  # spread, so that every kind of moment is met
@@ -79,25 +92,26 @@ def test_killed_before_any_file_operation_a_run_ends_the_same(tmp_path, processe
             rng.randint(1, total.value // 2),
         )
         for number in numbers:
-            code = exit_code(processes, killed_at, number, run_in_process, str(directory), SETTINGS)
+            code = exit_code(processes, killed_at, number, run_in_process, str(directory), settings)
             assert code in (0, -signal.SIGKILL)
             for path in checkpoints.checkpoints(directory / "checkpoints"):
                 Checkpoint(path)  # is whole
-        finish(training(directory, SETTINGS, resume=True))
+        finish(training(directory, settings, resume=True))
         assert_same(outcome(directory), outcome(whole))
         names = sorted(path.name for path in (directory / "checkpoints").iterdir())
         assert names == ["step-000004", "step-000005"]
 
 
-def test_killed_at_any_time_a_run_ends_the_same(tmp_path, processes, whole):
+def test_killed_at_any_time_a_run_ends_the_same(tmp_path, processes, tier):
+    settings, whole = tier
     rng = random.Random(1)
     for _ in range(KILLS):
-        process = processes.Process(target=run_in_process, args=(str(tmp_path), SETTINGS))
+        process = processes.Process(target=run_in_process, args=(str(tmp_path), settings))
         process.start()
         process.join(rng.uniform(0.02, 0.3))
         process.kill()
         process.join()
-    finish(training(tmp_path, SETTINGS, resume=True))
+    finish(training(tmp_path, settings, resume=True))
     assert_same(outcome(tmp_path), outcome(whole))
 
 

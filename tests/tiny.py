@@ -19,7 +19,7 @@ from engram_lm.hashing import HashConfig
 from engram_lm.memory import EngramConfig
 from engram_lm.model import AttentionConfig, LanguageModel, MemoryConfig, ModelConfig, MoEConfig
 from engram_lm.model.lookup import Lookup, address_digest, build_plan
-from engram_lm.tables import DeviceTable, TableConfig, build_table
+from engram_lm.tables import DeviceTable, DiskTable, TableConfig, build_table
 from engram_lm.tokens import CanonicalVocabulary
 from engram_lm.train.checkpoint import Checkpoint, latest
 from engram_lm.train.loader import Loader
@@ -92,6 +92,8 @@ def finish(run: Training, steps: int | None = None) -> Training:
         run.step()
         steps = None if steps is None else steps - 1
     run.close()
+    if run.lookup and isinstance(run.lookup.table, DiskTable):
+        run.lookup.table.close()
     return run
 
 
@@ -101,6 +103,12 @@ def outcome(directory: Path) -> dict[str, Any]:
     assert newest is not None
     saved = Checkpoint(newest)
     parts = {path.stem: saved.part(path.stem) for path in newest.glob("*.safetensors")}
+    if (directory / "table.safetensors").exists():
+        table = DiskTable(directory / "table.safetensors")
+        table.load(newest, saved.facts["table_clock"])
+        held = table.store.hold(np.arange(table.num_rows))
+        parts["table"] = {"records": torch.from_numpy(held.records[held.slots])}
+        table.close()
     lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(directory / "metrics.jsonl")]
     return {"parts": parts, "loader": saved.facts["loader"], "step": saved.facts["step"], "metrics": lines}
 
@@ -118,6 +126,22 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 # --- processes that are killed ------------------------------------------------------------------------------
 
 FILE_OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}  # of Python's audit events
+WRITES = ("pwrite", "pwritev", "ftruncate")  # of module os: of these no event tells
+
+
+def watch_file_operations(note: Callable[[], None]) -> None:
+    """Have `note` called before each operation of this process that alters files or opens one."""
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            note()
+            return function(*arguments)
+
+        return noted
+
+    for name in WRITES:
+        setattr(os, name, noting(getattr(os, name)))
+    sys.addaudithook(lambda event, _: note() if event in FILE_OPERATIONS else None)
 
 
 def run_in_process(directory: str, settings: TrainConfig) -> None:
@@ -130,15 +154,14 @@ def killed_at(number: int, function: Callable[..., Any], *arguments: Any) -> Non
     """Call a function and die just before its `number`-th operation on a file."""
     left = number
 
-    def hook(event: str, _: object) -> None:
+    def note() -> None:
         nonlocal left
-        if event in FILE_OPERATIONS:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     os.fsync = lambda descriptor: None  # of no use against a kill
-    sys.addaudithook(hook)
+    watch_file_operations(note)
     function(*arguments)
     os._exit(0)  # what happens at the end of a process is not the function's
 

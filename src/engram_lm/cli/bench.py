@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..model.presets import get_preset
 from ..train.loop import TrainConfig
 from ..train.sources import standard_library
 
-FEW = str(Path(asyncio.__file__).parent)  # text enough for --quick
+FEW = str(Path(standard_library()) / "asyncio")  # text enough for --quick
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,21 +77,21 @@ def hash_positions(
     """Ids of the positions lo to hi of all B * T; a sequence's new history goes along with its last position."""
     length, past = canonical.shape[1], history.shape[1]
     tokens, owners = np.empty(past + STRETCH, np.int64), np.empty(past + STRETCH, np.int64)
+    work = np.empty((2 + len(multipliers), STRETCH), np.int64)
     mixes = np.empty((sizes.shape[1], STRETCH), np.int64)
     while lo < hi:
         row, first = divmod(lo, length)
         count = min(STRETCH, length - first, hi - lo)
         outside[0] |= any_outside(canonical[row, first : first + count], vocab_size)
-        see(canonical[row], segments[row], dead[row], history[row], first, tokens[: past + count], owners)
-        mix(tokens, owners, multipliers, order_ending, pad, eos, count, mixes)
-        for start in range(0, count, len(sizes)):
-            end = min(start + len(sizes), count)
-            block = ids[lo + start : lo + end]
-            spread(mixes[:, start:end], block)
+        look(canonical[row], segments[row], dead[row], history[row], first, tokens[: past + count], owners)
+        mix(tokens, owners, multipliers, order_ending, pad, eos, count, work, mixes)
+        spread(mixes, ids[lo : lo + count])
+        for start in range(lo, lo + count, len(sizes)):
+            block = ids[start : min(start + len(sizes), lo + count)]
             if by_reciprocal:
                 remainders(block.reshape(-1), sizes.reshape(-1), reciprocals.reshape(-1), offsets.reshape(-1))
             else:
-                block[:] = block % sizes[: end - start] + offsets[: end - start]
+                block[:] = block % sizes[: len(block)] + offsets[: len(block)]
         if first + count == length:
             after[row, :, 0] = tokens[count : count + past]
             after[row, :, 1] = owners[count : count + past]
@@ -108,7 +108,7 @@ def any_outside(tokens, vocab_size):
 
 
 @njit(nogil=True, cache=True)
-def see(canonical, segments, dead, history, first, tokens, owners):
+def look(canonical, segments, dead, history, first, tokens, owners):
     """Fill in one sequence's tokens, and the segments that own them, from N-1 positions before `first` on."""
     past = len(history)
     old = min(max(past - first, 0), tokens.size)
@@ -121,25 +121,24 @@ def see(canonical, segments, dead, history, first, tokens, owners):
 
 
 @njit(nogil=True, cache=True)
-def mix(tokens, owners, multipliers, order_ending, pad, eos, count, mixes):
+def mix(tokens, owners, multipliers, order_ending, pad, eos, count, work, mixes):
     """Products of tokens and multipliers, XORed over the lags: mixes [L * orders, count]."""
     layers, lags = multipliers.shape
     orders = len(mixes) // layers
-    running = np.zeros((layers, count), np.int64)
-    blocked = np.zeros(count, np.int64)
-    values = np.empty(count, np.int64)
+    blocked, seen, running = work[0], work[1], work[2:]
+    blocked[:] = 0
+    running[:] = 0
     now = owners[lags - 1 :]
     for lag in range(lags):
         token, owner = tokens[lags - 1 - lag :], owners[lags - 1 - lag :]
         for j in range(count):
             blocked[j] |= (token[j] == DEAD) | (owner[j] != now[j])
-            values[j] = pad if blocked[j] else token[j]
+            seen[j] = pad if blocked[j] else token[j]
         for layer in range(layers):
-            sums, multiplier = running[layer], multipliers[layer, lag]
             for j in range(count):
-                sums[j] ^= values[j] * multiplier
+                running[layer, j] ^= seen[j] * multipliers[layer, lag]
             if order_ending[lag] >= 0:
-                mixes[layer * orders + order_ending[lag], :count] = sums
+                mixes[layer * orders + order_ending[lag]] = running[layer]
         if lag > 0:
             for j in range(count):
                 blocked[j] |= token[j] == eos
@@ -148,11 +147,9 @@ def mix(tokens, owners, multipliers, order_ending, pad, eos, count, mixes):
 @njit(nogil=True, cache=True)
 def spread(mixes, ids):
     """Give each mix [L * orders, count] to all heads of ids [count, L * orders, heads]."""
-    count, columns, heads = ids.shape
-    for j in range(count):
-        for column in range(columns):
-            for head in range(heads):
-                ids[j, column, head] = mixes[column, j]
+    for j in range(len(ids)):
+        for column in range(len(mixes)):
+            ids[j, column] = mixes[column, j]
 
 
 @njit(nogil=True, cache=True)

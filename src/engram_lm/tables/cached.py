@@ -126,7 +126,7 @@ class CachedStore(Store):
 
         self._slots: Slots = Slots.empty(len(self._records), len(self.hot))
         with self._looking:
-            pass
+            self._where.clear()
         for first in range(0, len(self.hot), CHUNK):
             ids = self.hot[first : first + CHUNK]
             read = self.inner.hold(ids)

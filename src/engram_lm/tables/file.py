@@ -584,9 +584,11 @@ class TableFile:
                 lo = os.lseek(self.descriptor, start, os.SEEK_DATA)
                 start = os.lseek(self.descriptor, lo, os.SEEK_HOLE)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # a hole up to the end
-                    return
-                raise DataError(f"{self.path}: cannot be read at byte {start:,} ({error.strerror}).") from None
+                if error.errno != errno.ENXIO:
+                    raise DataError(f"{self.path}: cannot be read at byte {start:,} ({error.strerror}).") from None
+                if (size := os.fstat(self.descriptor).st_size) < self._end:
+                    raise self._cut(size) from None
+                return  # a hole up to the end
             if lo < end:
                 yield lo, min(start, end)
 
@@ -612,8 +614,11 @@ class TableFile:
             except OSError as error:
                 raise DataError(f"{self.path}: cannot be read at byte {offset:,} ({error.strerror}).") from None
             if not count:
-                raise DataError(f"{self.path}: ends at byte {offset:,}; it was cut while in use, and rows are lost.")
+                raise self._cut(offset)
             view, offset = view[count:], offset + count
+
+    def _cut(self, size: int) -> DataError:
+        return DataError(f"{self.path}: ends at byte {size:,} now; it was cut while in use, and rows are lost.")
 
     def _store(self, data: np.ndarray, offset: int) -> None:
         """Write `data`, whatever its type, to the bytes at `offset`."""

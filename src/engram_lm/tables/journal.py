@@ -7,12 +7,12 @@ are written into the table file, block after block, and a shorter journal takes 
 
     <table file>.journal = head | segment | segment | ...        little-endian, all in multiples of 32 bytes
     rows   = mark | ids int64 [n] | records uint8 [n, stride]    rows as they are from now on
-    seal   = mark                                                commit, or apply: all that is before it is durable
+    seal   = mark | the same mark                                commit, or apply: all that is before it is durable
     void   = mark | anything                                     what a rollback took back
 
 The head is written once and renamed into place, a mark lies within one sector, and a seal is written when all before it is
-durable. So a kill or a power cut leaves a whole journal and perhaps a torn tail without a seal; all else is damage.
-A rollback writes a void's mark over the first one that it takes back and does not truncate: that may happen by halves.
+durable. So a kill or a power cut leaves whole segments and then anything but a seal; what cannot be read before a seal is
+damage. A rollback writes the mark of a void over the first one that it takes back: to truncate seals might happen by halves.
 """
 
 from __future__ import annotations
@@ -153,8 +153,9 @@ class Journal:
             return
         ids, records = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(records)
         first = self._end + MARK.size + ids.nbytes
+        body = ids.data, records.data, bytes(-(ids.nbytes + records.nbytes) % MARK.size)
         with self._explained("cannot take up more rows"):
-            self._write(ROWS, len(ids), ids.data, records.data, bytes(-(ids.nbytes + records.nbytes) % MARK.size))
+            self._write(self._mark(ROWS, len(ids), *body), *body)
         with self.lock:
             self._index.put(ids, first + np.arange(len(ids)) * records.shape[1])
 
@@ -244,11 +245,11 @@ class Journal:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def _write(self, kind: int, value: int, *body: bytes | memoryview) -> None:
+    def _write(self, *parts: bytes | memoryview) -> None:
         """Append a segment, whole or not at all."""
         os.ftruncate(self.descriptor, self._end)  # cuts a torn tail, if there is one
         try:
-            end = _write_all(self.descriptor, self._end, self._mark(kind, value, *body), *body)
+            end = _write_all(self.descriptor, self._end, *parts)
         except BaseException:
             os.ftruncate(self.descriptor, self._end)  # room for others
             raise
@@ -265,7 +266,8 @@ class Journal:
         if self._unsure:
             raise OSError("an fsync failed before, so rows may be lost; open the table again")
         self._sync()
-        self._write(kind, clock)
+        mark = self._mark(kind, clock)
+        self._write(mark, mark)
         self._sync()
 
     def _sync(self) -> None:
@@ -330,11 +332,10 @@ class Journal:
         """Marks, and where their bodies start and end, up to the torn tail."""
         at, number = HEAD.size, 0
         while at + MARK.size <= end:
-            raw, start = os.pread(self.descriptor, MARK.size, at), at + MARK.size
-            mark = _mark(raw)
+            start, mark = at + MARK.size, _mark(os.pread(self.descriptor, MARK.size, at))
             stop = start + self._size(mark) if mark else start
             if mark is None or stop > end or (mark.kind == ROWS and self._checksum(start, stop) != mark.checksum):
-                if (mark is None and any(raw)) or self._sealed(start, end):
+                if self._sealed(start, end):
                     raise DataError(
                         f"{self.path}: segment {number}, at byte {at}, is damaged: rows of that time and later ones would "
                         "have been those of an earlier time. Restore the table file and its journal from a copy."
@@ -348,7 +349,7 @@ class Journal:
         if mark.kind == ROWS:
             size = mark.value * (8 + self._table.form.stride)
             return size + -size % MARK.size
-        return mark.value if mark.kind == VOID else 0
+        return mark.value if mark.kind == VOID else MARK.size
 
     def _checksum(self, start: int, stop: int) -> int:
         """CRC-32 of a body."""
@@ -359,7 +360,7 @@ class Journal:
         return checksum
 
     def _sealed(self, start: int, end: int) -> bool:
-        """Whether there is a seal anywhere after `start`."""
+        """Whether there is a seal anywhere from `start` on."""
         for at in range(start, end, PORTION):
             raw = os.pread(self.descriptor, min(PORTION, end - at), at)
             words = np.frombuffer(raw, np.uint64, len(raw) // MARK.size * (MARK.size // 8))
