@@ -75,11 +75,11 @@ step_of = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     rows=st.integers(0, 12),
     hot=st.sets(st.integers(0, ROWS - 1), max_size=12),
-    steps=st.lists(step_of, max_size=30),
+    steps=st.lists(step_of, max_size=20),
 )
 def test_same_bytes_as_the_store_itself(rows, hot, steps):
     truth, cached = PlainStore(), CachedStore(PlainStore(), rows, hot=array(sorted(hot)[:rows]))

@@ -235,20 +235,20 @@ def test_the_journal_is_applied_when_it_is_large_enough(tmp_path):
 def test_a_run_begins_with_the_rows_of_the_file(tmp_path):
     path = tmp_path / "table"
     store = opened(path)
-    store.begin()
+    store.begin(0, again=False)
     put(store, *records(1))
     store.save(HERE, 4, "")
     store.close()
     store = opened(path)
     with pytest.raises(MismatchError, match="updates of an earlier run, up to clock 4"):
-        store.begin()
-    store.begin(again=True)
+        store.begin(0, again=False)
+    store.begin(0, again=True)
     assert store.clock == 0
     assert not contents(store).any()
     put(store, *records(2))
     store.save(HERE, 2, "")
     store.compact()
-    store.begin()
+    store.begin(0, again=False)
     np.testing.assert_array_equal(contents(store)[records(2)[0]], records(2)[1])
     store.close()
 
@@ -274,6 +274,7 @@ def test_a_table_is_written_by_one_at_a_time(tmp_path):
         with pytest.raises(CheckpointError, match="in use"):
             opened(tmp_path / "table", write=write)
     store.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["table"]  # the journal had nothing to say
     opened(tmp_path / "table").close()
 
 

@@ -11,11 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engram_lm import hashing
 from engram_lm.errors import ConfigError
-from engram_lm.hashing import DEAD, HashConfig, HashPlan, hash_ngrams, is_prime, prime_sizes
+from engram_lm.hashing import DEAD, HashConfig, HashPlan, is_prime, prime_sizes
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = HashConfig(orders=(2, 3), heads=2, rows_per_head=50, layers=(1, 4), pad_id=2)
+
+
+@pytest.fixture(scope="session", params=["hash_ngrams", "reference_hash_ngrams"])
+def hash_ngrams(request):
+    """The function by its public name, which takes the kernel, and the readable truth."""
+    return getattr(hashing, request.param)
 
 
 def golden(name):
@@ -27,7 +34,7 @@ def in_layer(ids, plan):
     return ids - torch.as_tensor(plan.layer_starts)[:, None]
 
 
-def test_paper_demo():
+def test_paper_demo(hash_ngrams):
     expected = golden("paper.json")
     plan = HashPlan.build(HashConfig.paper(), vocab_size=expected["compressed_vocab"], pad=2)
     assert {str(l): m for l, m in zip(plan.layers, plan.multipliers.tolist(), strict=True)} == expected["multipliers"]
@@ -49,7 +56,7 @@ def test_deepseek_v41():
         assert [plan.sizes[index, 0], plan.sizes[index, -1]] == expected["first_last_prime"][str(layer)]
 
 
-def test_qwen_ple():
+def test_qwen_ple(hash_ngrams):
     expected = golden("ple.json")
     plan = HashPlan.build(
         HashConfig.qwen_ple(expected["eos_token_id"]), vocab_size=248_320, pad=expected["eos_token_id"]
@@ -110,7 +117,7 @@ def texts(draw):
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, orders=(1, 2, 4)), replace(SMALL, scheme="ple")], ids=str)
 @given(text=texts())
 @settings(max_examples=60, deadline=None)
-def test_whole_and_in_chunks_equals_by_hand(config, text):
+def test_whole_and_in_chunks_equals_by_hand(config, text, hash_ngrams):
     tokens, segments, dead, cuts = text
     plan = HashPlan.build(config, vocab_size=10, pad=2)
     expected = by_hand(plan, tokens, segments, dead)
@@ -126,7 +133,7 @@ def test_whole_and_in_chunks_equals_by_hand(config, text):
     assert torch.cat(pieces).tolist() == expected.tolist()
 
 
-def test_history_is_a_value():
+def test_history_is_a_value(hash_ngrams):
     """Roll back after a rejected draft, and reorder beams."""
     plan = HashPlan.build(SMALL, vocab_size=10, pad=2)
     prompt, draft, accepted = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.tensor([[1], [1]]), torch.tensor([[9], [0]])
@@ -141,7 +148,7 @@ def test_history_is_a_value():
     assert torch.equal(swapped, after.flip(0))
 
 
-def test_without_segments_a_chunk_continues_the_last_document():
+def test_without_segments_a_chunk_continues_the_last_document(hash_ngrams):
     plan = HashPlan.build(SMALL, vocab_size=10, pad=2)
     tokens = torch.tensor([[3, 4, 5, 6]])
     _, history = hash_ngrams(plan, tokens[:, :2], segments=torch.tensor([[0, 7]]))
@@ -150,7 +157,7 @@ def test_without_segments_a_chunk_continues_the_last_document():
     assert torch.equal(continued, whole[:, 2:])
 
 
-def test_dead_positions_leave_no_trace():
+def test_dead_positions_leave_no_trace(hash_ngrams):
     plan = HashPlan.build(SMALL, vocab_size=10, pad=2)
     dead = torch.tensor([[False, True, False, False]])
     one, history = hash_ngrams(plan, torch.tensor([[3, 4, 5, 6]]), dead=dead)
@@ -160,14 +167,14 @@ def test_dead_positions_leave_no_trace():
     assert hash_ngrams(plan, torch.tensor([[3, 4]]), dead=torch.tensor([[False, True]]))[1][0, -1, 0] == DEAD
 
 
-def test_empty_input():
+def test_empty_input(hash_ngrams):
     plan = HashPlan.build(SMALL, vocab_size=10, pad=2)
     ids, history = hash_ngrams(plan, torch.zeros(3, 0, dtype=torch.int64))
     assert ids.shape == (3, 0, 2, 4)
     assert history.shape == (3, 2, 2)
 
 
-def test_every_id_lies_in_its_head():
+def test_every_id_lies_in_its_head(hash_ngrams):
     plan = HashPlan.build(SMALL, vocab_size=1000, pad=2)
     ids, _ = hash_ngrams(plan, torch.randint(0, 1000, (4, 200)))
     offsets, sizes = torch.as_tensor(plan.offsets), torch.as_tensor(plan.sizes)
@@ -175,7 +182,7 @@ def test_every_id_lies_in_its_head():
     assert plan.num_rows == int((plan.offsets + plan.sizes).max())
 
 
-def test_capacity_1_reads_one_row_a_head():
+def test_capacity_1_reads_one_row_a_head(hash_ngrams):
     plan = HashPlan.build(replace(SMALL, scheme="capacity_1"), vocab_size=10, pad=2)
     ids, _ = hash_ngrams(plan, torch.randint(0, 10, (2, 30)))
     assert plan.num_rows == 8
@@ -194,8 +201,23 @@ def test_sizes_of_each_order():
     assert plan.sizes[:, :2].max() < 100 <= 500 < plan.sizes[:, 2:].min()
 
 
+def test_shapes_of_another_batch_are_refused(hash_ngrams):
+    """A kernel would read past their ends."""
+    plan, tokens = HashPlan.build(SMALL, vocab_size=10, pad=2), torch.zeros(2, 5, dtype=torch.int64)
+    for name, value in {
+        "history": torch.zeros(2, 3, 2, dtype=torch.int64),
+        "segments": torch.zeros(1, 5, dtype=torch.int64),
+        "dead": torch.zeros(5, dtype=torch.bool),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            hash_ngrams(plan, tokens, **{name: value})
+
+
 def test_digest_names_everything_that_moves_a_row():
     same = HashPlan.build(SMALL, vocab_size=10, pad=2)
+    hashing.hash_ngrams(
+        same, torch.zeros(1, 1, dtype=torch.int64)
+    )  # what the plan keeps for the kernel is not part of it
     assert same == HashPlan.build(SMALL, vocab_size=10, pad=2)
     others = [
         HashPlan.build(replace(SMALL, seed=1), vocab_size=10, pad=2),
@@ -224,7 +246,7 @@ def test_impossible_configurations(change, message):
         replace(SMALL, **change)
 
 
-def test_ids_outside_the_vocabulary():
+def test_ids_outside_the_vocabulary(hash_ngrams):
     plan = HashPlan.build(SMALL, vocab_size=10, pad=2)
     for token in (-1, 10):
         with pytest.raises(ValueError, match="arbitrary rows"):

@@ -1,10 +1,8 @@
 """The fused kernels against Engram's plain operations: values, gradients, and the bits for any number of threads."""
 
-import threading
 from copy import deepcopy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings

@@ -67,6 +67,15 @@ def test_update_then_read(encoding, dim, std):
     same(out, truth.read_rows(form, expected, everywhere, everywhere))
 
 
+@every_encoding
+def test_encode_into_part_of_a_record(encoding):
+    form, rows = RowFormat(33, encoding), rows_of_all_sizes(6, 33)
+    records = np.full((6, form.stride), 255, np.uint8)
+    fast.encode(form, rows.numpy(), records[:, : form.row_bytes])
+    same(records[:, : form.row_bytes].copy(), truth.encode(form, rows))
+    assert (records[:, form.row_bytes :] == 255).all()
+
+
 def test_every_fp8_number_under_every_scale():
     form = RowFormat(256, "fp8_e8m0", trainable=False)
     codes = torch.arange(256, dtype=torch.uint8)

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from engram_lm.tables.cached import CachedStore
-from engram_lm.tables.file import TableFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +14,8 @@ from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashConfig
 from engram_lm.model.lookup import Lookup, build_plan
 from engram_lm.tables import DeviceTable, DiskTable, HostTable, RowFormat, Table, TableConfig, build_table
+from engram_lm.tables.cached import CachedStore
+from engram_lm.tables.file import TableFile
 from engram_lm.tables.host import MemoryStore
 from engram_lm.tables.rows import ENCODINGS
 from engram_lm.tables.stored import StoredTable

@@ -308,7 +308,7 @@ def hash_ngrams(
     )
     if not inside:
         _require_vocabulary(plan, canonical)
-    return torch.from_numpy(ids).view(*canonical.shape, len(plan.layers), -1), torch.from_numpy(after)
+    return torch.from_numpy(ids), torch.from_numpy(after)
 
 
 def reference_hash_ngrams(

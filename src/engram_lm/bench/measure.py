@@ -21,6 +21,7 @@ from ..errors import EngramError
 from .results import Case, Entry, Results
 
 SQUARE = torch.ones(768, 768)
+PAUSE = 0.003  # seconds in which the threads of the contender before, which may spin for a while, fall asleep
 
 
 class WrongResultError(EngramError, RuntimeError):
@@ -68,7 +69,9 @@ class Meter:
             self.calibration.append(timed(fixed_work))
             for position in range(len(contenders)):
                 which = (number + position) % len(contenders)
-                seconds[which].append(timed(contenders[which].run, *contenders[which].prepare()))
+                arguments = contenders[which].prepare()
+                time.sleep(PAUSE)
+                seconds[which].append(timed(contenders[which].run, *arguments))
         entries = (
             Entry(contender.name, tuple(times[1:]), contender.note)
             for contender, times in zip(contenders, seconds, strict=True)

@@ -22,6 +22,8 @@ from ..model.presets import PRESETS, get_preset
 from ..tables import TableConfig
 from ..train.allocator import keep_freed_memory
 from ..train.loop import TrainConfig
+from .bench import Bench
+from .table import Table
 
 DESCRIPTION = """engram-lm: conditional memory for language models.
 
@@ -30,6 +32,8 @@ DESCRIPTION = """engram-lm: conditional memory for language models.
   engram-lm eval runs/train                 its loss on held-out text, with the uncertainty
   engram-lm generate runs/train             let it write
   engram-lm count engram-27b                parameters, FLOPs and bytes of a preset
+  engram-lm table create|inspect|verify|convert|stats    table files
+  engram-lm bench hash|gather|update|step|decode         what things cost here, beside what others' cost
 
 `engram-lm COMMAND --help` explains a command."""
 
@@ -264,7 +268,15 @@ def parse(arguments: Sequence[str]) -> Quickstart | Train | Evaluate | Generate 
             raise DataError(
                 f"train what? Name a preset ({', '.join(PRESETS)}) or a configuration file: engram-lm train tiny"
             )
-    commands = {"quickstart": Quickstart, "train": Train, "eval": Evaluate, "generate": Generate, "count": Count}
+    commands = {
+        "quickstart": Quickstart,
+        "train": Train,
+        "eval": Evaluate,
+        "generate": Generate,
+        "count": Count,
+        "table": Table,
+        "bench": Bench,
+    }
     defaults: dict[str, Any] = {"train": Train(base)}
     either: Any = Union[  # noqa: UP007  (of as many as there are)
         tuple(
@@ -280,7 +292,8 @@ def main() -> None:
     """Entry point of `engram-lm`."""
     try:
         command = parse(sys.argv[1:])
-        keep_freed_memory()
+        if not isinstance(command, Bench):  # which measures others as their users have them
+            keep_freed_memory()
         sys.exit(command.run(Console()))
     except EngramError as error:
         Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)

@@ -24,7 +24,7 @@ if compiled():
     jit = njit(nogil=True, cache=True)
 
 PROBATION, MAIN = 0, 1  # queues
-FIRST, LAST, LENGTH = 0, 1, 2  # of a queue: its two ends, how many slots it has
+FIRST, LENGTH = 0, 1  # of a queue: where in its ring it begins, how many slots it has
 MOST = 3  # times that a row is remembered to have been asked for; the low bits of its slot's mark
 HELD, NEW, ASIDE = 4, 8, 16  # the other bits: held by this call; admitted by it; in no queue until it is done
 
@@ -34,29 +34,25 @@ class Slots(NamedTuple):
 
     owner: np.ndarray  # [slots] int64: the id in each slot; -1 for none, and for those that are not the policy's
     marks: np.ndarray  # [slots] uint8
-    after: np.ndarray  # [slots] int32: the next slot in the same queue
-    queues: np.ndarray  # [2, 3] int64
+    rings: np.ndarray  # [2, slots] int32: both queues
+    ends: np.ndarray  # [2, 2] int64
     probation: int  # length above which the queue on probation gives up its rows first
 
     @staticmethod
     def empty(count: int, hot: int) -> Slots:
         """`count` slots, of which the first `hot` are not the policy's. The others are free: that is, first on probation."""
-        return Slots(
-            np.full(count, -1, np.int64),
-            np.zeros(count, np.uint8),
-            np.arange(1, count + 1, dtype=np.int32),
-            np.array([[hot, count - 1, count - hot], [-1, -1, 0]], np.int64),
-            (count - hot) // 4,
-        )
+        rings = np.tile(np.arange(count, dtype=np.int32), (2, 1))
+        ends = np.array([[hot, count - hot], [0, 0]], np.int64)
+        return Slots(np.full(count, -1, np.int64), np.zeros(count, np.uint8), rings, ends, (count - hot) // 4)
 
     @property
     def nbytes(self) -> int:
         """Bytes of RAM."""
-        return self.owner.nbytes + self.marks.nbytes + self.after.nbytes
+        return self.owner.nbytes + self.marks.nbytes + self.rings.nbytes
 
 
 @jit
-def admit(ids, slots, left, owner, marks, after, queues, probation):  # type: ignore[no-untyped-def]
+def admit(ids, slots, left, owner, marks, rings, ends, probation):  # type: ignore[no-untyped-def]
     """A call asks for distinct ids [U], found in slots [U] (-1: nowhere). Fills in where the missing ones are to be.
 
     Where no slot can be had, -1 remains. left[i] becomes the id that ids[i] takes the place of, or -1.
@@ -68,7 +64,7 @@ def admit(ids, slots, left, owner, marks, after, queues, probation):  # type: ig
     new = 0
     for i in range(len(ids)):
         if slots[i] < 0:
-            slot = make_room(new, marks, after, queues, probation)
+            slot = make_room(new, marks, rings, ends, probation)
             if slot < 0:
                 break
             left[i], owner[slot], slots[i], marks[slot] = owner[slot], ids[i], slot, HELD | NEW
@@ -77,58 +73,55 @@ def admit(ids, slots, left, owner, marks, after, queues, probation):  # type: ig
         if slots[i] >= 0:
             mark = marks[slots[i]]
             if mark & NEW:
-                push(PROBATION, slots[i], after, queues)
+                push(PROBATION, slots[i], rings, ends)
             elif mark & ASIDE:
-                push(MAIN, slots[i], after, queues)
+                push(MAIN, slots[i], rings, ends)
             marks[slots[i]] = mark & MOST
 
 
 @jit
-def make_room(new, marks, after, queues, probation):  # type: ignore[no-untyped-def]
+def make_room(new, marks, rings, ends, probation):  # type: ignore[no-untyped-def]
     """A slot whose row may leave, or -1; `new` rows were admitted by this call and will be on probation."""
     while True:
-        waiting, settled = queues[PROBATION, LENGTH], queues[MAIN, LENGTH]
+        waiting, settled = ends[PROBATION, LENGTH], ends[MAIN, LENGTH]
         if waiting > 0 and (waiting + new > probation or settled == 0):
-            slot = pop(PROBATION, after, queues)
+            slot = pop(PROBATION, rings, ends)
             if marks[slot] == 0:
                 return slot
             marks[slot] &= HELD
-            push(MAIN, slot, after, queues)
+            push(MAIN, slot, rings, ends)
         elif settled > 0:
-            slot = pop(MAIN, after, queues)
+            slot = pop(MAIN, rings, ends)
             if marks[slot] == 0:
                 return slot
             if marks[slot] & HELD:
                 marks[slot] |= ASIDE
             else:
                 marks[slot] -= 1
-                push(MAIN, slot, after, queues)
+                push(MAIN, slot, rings, ends)
         else:
             return -1
 
 
 @jit
-def push(queue, slot, after, queues):  # type: ignore[no-untyped-def]
+def push(queue, slot, rings, ends):  # type: ignore[no-untyped-def]
     """Put a slot at the end of a queue."""
-    if queues[queue, LENGTH] == 0:
-        queues[queue, FIRST] = slot
-    else:
-        after[queues[queue, LAST]] = slot
-    queues[queue, LAST] = slot
-    queues[queue, LENGTH] += 1
+    at = ends[queue, FIRST] + ends[queue, LENGTH]
+    rings[queue, at if at < rings.shape[1] else at - rings.shape[1]] = slot
+    ends[queue, LENGTH] += 1
 
 
 @jit
-def pop(queue, after, queues):  # type: ignore[no-untyped-def]
+def pop(queue, rings, ends):  # type: ignore[no-untyped-def]
     """Take the first slot of a queue."""
-    slot = queues[queue, FIRST]
-    queues[queue, FIRST] = after[slot]
-    queues[queue, LENGTH] -= 1
-    return slot
+    at = ends[queue, FIRST]
+    ends[queue, FIRST] = at + 1 if at + 1 < rings.shape[1] else 0
+    ends[queue, LENGTH] -= 1
+    return rings[queue, at]
 
 
 @jit
-def replay(ids, edges, where, hits, owner, marks, after, queues, probation):  # type: ignore[no-untyped-def]
+def replay(ids, edges, where, hits, owner, marks, rings, ends, probation):  # type: ignore[no-untyped-def]
     """The calls ids[edges[c]:edges[c + 1]] one after another: hits[i] = whether ids[i] was in a slot when it was asked for.
 
     where [largest id + 1]: the slot of each id, -1 for none.
@@ -138,7 +131,7 @@ def replay(ids, edges, where, hits, owner, marks, after, queues, probation):  # 
         slots = where[asked]
         hits[edges[call] : edges[call + 1]] = slots >= 0
         left = np.empty(len(asked), np.int64)
-        admit(asked, slots, left, owner, marks, after, queues, probation)
+        admit(asked, slots, left, owner, marks, rings, ends, probation)
         for i in range(len(asked)):
             if left[i] >= 0:
                 where[left[i]] = -1

@@ -1,6 +1,7 @@
-"""Distinct ids by radix sort: two passes over the ids' upper bits, insertion for what these leave unsorted.
+# mypy: allow-untyped-defs
+"""Distinct ids by radix sort: two passes over the ids' upper bits, and insertion for what these leave unsorted.
 
-An id and its position travel in one 64-bit word, (id - first) << index_bits | position: words order as ids do, and sorted
+An id and its position travel in one 64-bit word, (id - first) << index_bits | position. Words order as ids do, and sorted
 words say where each id came from. Every thread takes a range of ids, which it sorts without looking at the others.
 """
 
@@ -13,34 +14,30 @@ from numba import njit
 
 from . import run, threads
 
+kernel = njit(nogil=True, cache=True)
+
 GRAIN = 65_536  # ids a thread
 DIGIT = 12  # bits that a pass sorts by, at most: 4096 cache lines are open
 _kept = threading.local()
 
 
 def deduplicate(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids [U], ascending, and where each of `ids` [...] is among them; all int64.
-
-    Raises IndexError for a negative id.
-    """
+    """Distinct ids [U], ascending, and where each of `ids` [...] is among them; all int64."""
     flat = np.ascontiguousarray(ids, np.int64).reshape(-1)
-    if not flat.size:
-        return flat.copy(), flat.reshape(ids.shape).copy()
-    least, most = extent(flat)
-    if least < 0:
-        raise IndexError(f"id {least} is negative: rows are counted from 0, so it would read a wrong one.")
     index_bits = flat.size.bit_length()
-    if (most - least).bit_length() + index_bits > 63:
-        return np.unique(flat, return_inverse=True)
+    least, most = extent(flat) if flat.size else (0, 0)
+    if least < 0 or (most - least).bit_length() + index_bits > 62:
+        unique, inverse = np.unique(flat, return_inverse=True)
+        return unique, inverse.reshape(ids.shape)
 
     parts = max(1, min(threads(), flat.size // GRAIN))
     edges = np.array([least, most + 1], np.uint64)  # range p holds the ids from edges[p] to before edges[p + 1]
     if parts > 1:
-        sample = np.sort(flat[:: flat.size // 1024])
+        sample = np.sort(flat[:: GRAIN // 256])
         edges = np.insert(edges, 1, sample[np.arange(1, parts) * sample.size // parts].astype(np.uint64))
     starts = first_words(flat, edges)
     words, spare = _scratch(flat.size + parts)
-    firsts = np.zeros(parts + 1, np.int64)
+    firsts = np.zeros(parts + 1, np.int64)  # first distinct id of each range; the last entry is U
     run(sort_ranges, parts, flat, edges, starts, index_bits, words, spare, firsts[1:], grain=1)
     np.add.accumulate(firsts, out=firsts)
     unique, inverse = np.empty(firsts[-1], np.int64), np.empty(flat.size, np.int64)
@@ -55,7 +52,7 @@ def _scratch(count: int) -> np.ndarray:
     return _kept.words[: 2 * count].reshape(2, count)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def extent(ids):
     """Smallest and largest id."""
     least = most = ids[0]
@@ -64,7 +61,7 @@ def extent(ids):
     return least, most
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def first_words(ids, edges):
     """Where the words of each range start: it has as many as ids, and one to spare. The edges enclose all ids."""
     starts = np.zeros(edges.size, np.int64)
@@ -77,7 +74,7 @@ def first_words(ids, edges):
     return starts
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def sort_ranges(lo, hi, ids, edges, starts, index_bits, words, spare, distinct):
     """Fill the words of ranges lo to hi, in order, and count their distinct ids."""
     for part in range(lo, hi):
@@ -92,7 +89,7 @@ def sort_ranges(lo, hi, ids, edges, starts, index_bits, words, spare, distinct):
         distinct[part] = count_distinct(mine, index_bits)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def number_ranges(lo, hi, words, edges, starts, index_bits, firsts, unique, inverse):
     """Write out the distinct ids of ranges lo to hi, and at each word's position which one it is."""
     shift = np.uint64(index_bits)
@@ -108,15 +105,16 @@ def number_ranges(lo, hi, words, edges, starts, index_bits, firsts, unique, inve
             inverse[word & mask] = rank
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def bit_length(number):
+    """Bits that a number takes."""
     bits = 0
-    while number >> bits:
+    while np.uint64(number) >> np.uint64(bits):
         bits += 1
     return bits
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def keep(ids, first, end, index_bits, words):
     """Pack the ids from `first` to before `end`; returns the bits that their distances from `first` take."""
     shift, kept = np.uint64(index_bits), 0
@@ -128,10 +126,10 @@ def keep(ids, first, end, index_bits, words):
             key = np.uint64(ids[i]) - first
             words[kept] = (key << shift) | np.uint64(i)  # overwritten by the next one unless it counts
             kept += key < end - first
-    return bit_length(np.int64(end - first - np.uint64(1)))
+    return bit_length(end - first)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def order(words, spare, low, width):
     """Sort words by 2 * width bits from bit `low` on: to `spare` by the lower half of them and back by the upper half."""
     lower, upper, mask = np.uint64(low), np.uint64(low + width), np.uint64((1 << width) - 1)
@@ -147,7 +145,7 @@ def order(words, spare, low, width):
     place(spare, upper, mask, ends[1], words)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def place(words, shift, mask, ends, target):
     """Put every word where the earlier words of its digit end."""
     for word in words:
@@ -156,7 +154,7 @@ def place(words, shift, mask, ends, target):
         ends[digit] += np.uint32(1)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def mend(words):
     """Sort by insertion what is nearly sorted; gives up, returning False, after as many moves as there are words."""
     moves = words.size
@@ -179,8 +177,9 @@ def mend(words):
     return True
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count_distinct(words, index_bits):
+    """Different ids in sorted words."""
     shift, count = np.uint64(index_bits), min(1, words.size)
     for i in range(1, words.size):
         count += (words[i] >> shift) != (words[i - 1] >> shift)

@@ -3,7 +3,7 @@
 
 memory.py says the same in plain operations, each of them a pass over [B, T, M, D]; here what a token needs stays in the
 cache. The normalised input of the convolution is gate * norm * value, so neither it nor its past is stored, and backward
-keeps five numbers a gate. Tokens are numbered through the batch, n = b * T + t; everything is float32.
+keeps five numbers a gate. Everything is float32.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from . import run
 
 SQUASHES = ("plain", "signed_sqrt", "copysign_sqrt")
 GATE, SCORE, QUERY, KEY, NORM = range(5)  # facts: the gate, its score, 1 / rms of query, of key, of gate * value
-SPAN = 128  # positions whose weight gradients are summed in one go: fixed, so that no sum depends on the threads
-PART = 2**18  # numbers in the streams that are worth a thread of their own
+SPAN = 128  # positions that are worked on, and whose weight gradients are summed, in one go, whatever the threads
+PART = 2**17  # numbers in the streams that are worth a thread of their own
 
 
 def fuse(
@@ -41,12 +41,18 @@ def fuse(
     [k, M, D] (times the convolution's gain), segments and keep [B, T], config an EngramConfig. Gradients are the same bits
     for any number of threads; gradients of gradients are those of `plain`.
     """
-    tokens = query.shape[:2].numel()
-    documents = np.zeros(tokens, np.int64) if segments is None else segments.long().flatten().numpy()
+    if segments is None:
+        segments = torch.zeros(query.shape[:2], dtype=torch.int64)
     if keep is not None:  # where a value is zero, nothing has an effect
         projected = projected.masked_fill(~keep[:, :, None, None], 0.0)
-    inputs = [x.contiguous() for x in (query, projected, gain, taps)]
-    return _Fuse.apply(*inputs, documents, config, plain)[0]
+    inputs = [x.contiguous() for x in (query, projected, gain, taps, segments.long())]
+    settings = (
+        config.conv_dilation,
+        SQUASHES.index(config.gate),
+        np.float32(config.norm_eps),
+        np.float32(config.conv_norm_eps),
+    )
+    return _Fuse.apply(*inputs, settings, plain)[0]
 
 
 class _Fuse(torch.autograd.Function):
@@ -54,60 +60,35 @@ class _Fuse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        query: Tensor, projected: Tensor, gain: Tensor, taps: Tensor, documents: np.ndarray, config: Any, plain: Any
+        query: Tensor, projected: Tensor, gain: Tensor, taps: Tensor, segments: Tensor, settings: Any, plain: Any
     ) -> tuple[Tensor, Tensor]:
-        batch, length, streams, dim = query.shape
-        tokens, grain = batch * length, 1 + PART // (streams * dim)
-        delta, facts = torch.empty_like(query), query.new_empty(tokens, streams, 5)
-        q, p, g, w, f = _tokens(query), _tokens(projected), _array(gain), _array(taps), _array(facts)
-        run(open_gates, tokens, q, p, g, *_settings(config), f, grain=grain)
-        run(read_out, tokens, p, w, f, config.conv_dilation, length, documents, _tokens(delta), grain=grain)
+        delta, facts = torch.empty_like(query), query.new_empty(*query.shape[:3], 5)
+        arrays = [x.detach().numpy() for x in (query, projected, gain, taps, segments, facts, delta)]
+        run(forward, _spans(query), *settings, *arrays, grain=1 + PART // (SPAN * gain.numel()))
         return delta, facts
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.documents, ctx.config, ctx.plain = inputs
+        *tensors, ctx.settings, ctx.plain = inputs
         ctx.save_for_backward(*tensors, output[1])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, delta_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        query, projected, gain, taps, facts = ctx.saved_tensors
+        query, projected, gain, taps, _, _ = given = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants the gradients' own
             return *torch.func.vjp(ctx.plain, query, projected, gain, taps)[1](delta_grad), None, None, None
-        batch, length = query.shape[:2]
-        spans = batch * -(-length // SPAN)
-        query_grad, projected_grad = torch.empty_like(query), torch.empty_like(projected)
-        gain_grad, taps_grad = (np.empty((spans, *x.shape), np.float32) for x in (gain, taps))
-        given: list[Any] = [
-            _tokens(delta_grad.contiguous()),
-            _tokens(query),
-            _tokens(projected),
-            _array(gain),
-            _array(taps),
-        ]
-        given += [_array(facts), ctx.config.conv_dilation, length, ctx.documents, *_settings(ctx.config)]
-        wanted = [_tokens(query_grad), _tokens(projected_grad), gain_grad, taps_grad]
-        run(gradients, spans, *given, *wanted, grain=1 + PART // (SPAN * gain.numel()))
-        weights = (
-            torch.from_numpy(shares.sum(0)) for shares in (gain_grad, taps_grad)
-        )  # in numpy's order, a fixed one
-        return query_grad, projected_grad, *weights, None, None, None
+        spans = _spans(query)
+        shares = [x.new_empty(spans, *x.shape) for x in (gain, taps)]
+        wanted = [torch.empty_like(query), torch.empty_like(projected), *shares]
+        arrays = [x.detach().numpy() for x in (*given, delta_grad.contiguous(), *wanted)]
+        run(backward, spans, *ctx.settings, *arrays, grain=1 + PART // (SPAN * gain.numel()))
+        weights = (torch.from_numpy(share.sum(0)) for share in arrays[-2:])  # numpy's order, unlike torch's, is fixed
+        return *wanted[:2], *weights, None, None, None
 
 
-def _array(x: Tensor) -> np.ndarray:
-    """The same memory."""
-    return x.detach().numpy()
-
-
-def _tokens(x: Tensor) -> np.ndarray:
-    """[B, T, ...] as [B * T, ...]."""
-    return _array(x.flatten(0, 1))
-
-
-def _settings(config: Any) -> tuple[int, np.float32, np.float32]:
-    """How the score is squashed, and the two eps."""
-    return SQUASHES.index(config.gate), np.float32(config.norm_eps), np.float32(config.conv_norm_eps)
+def _spans(query: Tensor) -> int:
+    return len(query) * -(-query.shape[1] // SPAN)
 
 
 # --- the functions of one number -------------------------------------------------------------------------------------
@@ -159,139 +140,136 @@ def squashed(score, squash):
 
 
 @quick
-def mean_square(x, n, m):
-    """Of x[n, m]."""
+def mean_square(x, b, t, m):
+    """Of x[b, t, m]."""
     total = ZERO
-    for d in range(x.shape[2]):
-        total += x[n, m, d] * x[n, m, d]
-    return total / np.float32(x.shape[2])
+    for d in range(x.shape[3]):
+        total += x[b, t, m, d] * x[b, t, m, d]
+    return total / np.float32(x.shape[3])
 
 
-@quick
-def open_gates(lo, hi, query, projected, gain, squash, eps, conv_eps, facts):
-    """facts [n, M, 5] of tokens lo to hi."""
+@njit(inline="always")
+def find_facts(b, t, squash, eps, conv_eps, query, projected, gain, facts):
+    """facts [b, t, M, 5]."""
     streams, dim = gain.shape
-    for n in range(lo, hi):
-        value_square = mean_square(projected, n, streams)
-        for m in range(streams):
-            product = ZERO
-            for d in range(dim):
-                product += query[n, m, d] * projected[n, m, d] * gain[m, d]
-            query_scale = ONE / np.sqrt(mean_square(query, n, m) + eps)
-            key_scale = ONE / np.sqrt(mean_square(projected, n, m) + eps)
-            score = product * (query_scale * key_scale) / np.sqrt(np.float32(dim))
-            gate = sigmoid(squashed(score, squash)[0])
-            norm = ONE / np.sqrt(gate * gate * value_square + conv_eps)
-            for fact, x in enumerate((gate, score, query_scale, key_scale, norm)):
-                facts[n, m, fact] = x
+    value_square = mean_square(projected, b, t, streams)
+    for m in range(streams):
+        product = ZERO
+        for d in range(dim):
+            product += query[b, t, m, d] * projected[b, t, m, d] * gain[m, d]
+        query_scale = ONE / np.sqrt(mean_square(query, b, t, m) + eps)
+        key_scale = ONE / np.sqrt(mean_square(projected, b, t, m) + eps)
+        score = product * (query_scale * key_scale) / np.sqrt(np.float32(dim))
+        gate = sigmoid(squashed(score, squash)[0])
+        norm = ONE / np.sqrt(gate * gate * value_square + conv_eps)
+        for fact, x in enumerate((gate, score, query_scale, key_scale, norm)):
+            facts[b, t, m, fact] = x
 
 
-@quick
-def seen(n, past, start, documents):
-    """Whether the convolution at n sees `past`: in the same sequence, which begins at `start`, and document."""
-    return past >= start and documents[past] == documents[n]
-
-
-@quick
-def convolve(n, m, projected, taps, facts, dilation, start, documents, out):
-    """out [D] = the convolution at token n of stream m."""
+@njit(inline="always")
+def convolve(b, t, m, dilation, projected, taps, segments, facts, out):
+    """out [D] = the convolution at t of stream m."""
     kernel, streams, dim = taps.shape
     for d in range(dim):
         out[d] = ZERO
     for tap in range(kernel):
-        past = n - (kernel - 1 - tap) * dilation
-        if seen(n, past, start, documents):
-            scale = facts[past, m, GATE] * facts[past, m, NORM]
+        past = t - (kernel - 1 - tap) * dilation
+        if past >= 0 and segments[b, past] == segments[b, t]:
+            scale = facts[b, past, m, GATE] * facts[b, past, m, NORM]
             for d in range(dim):
-                out[d] += scale * projected[past, streams, d] * taps[tap, m, d]
+                out[d] += scale * projected[b, past, streams, d] * taps[tap, m, d]
+
+
+# --- spans: item i is positions i % n * SPAN onwards of sequence i // n, where n = ceil(T / SPAN)
 
 
 @quick
-def read_out(lo, hi, projected, taps, facts, dilation, length, documents, delta):
-    """delta [n, M, D] of tokens lo to hi, when all gates are known."""
-    _, streams, dim = taps.shape
+def forward(lo, hi, dilation, squash, eps, conv_eps, query, projected, gain, taps, segments, facts, delta):
+    """delta [B, T, M, D], and facts [B, T, M, 5] about the gates."""
+    (kernel, streams, dim), length = taps.shape, query.shape[1]
+    reach, spans = max(kernel - 1, 0) * dilation, -(-length // SPAN)
     mixed = np.empty(dim, np.float32)
-    for n in range(lo, hi):
-        for m in range(streams):
-            convolve(n, m, projected, taps, facts, dilation, n // length * length, documents, mixed)
-            gate = facts[n, m, GATE]
-            for d in range(dim):
-                delta[n, m, d] = gate * projected[n, streams, d] + mixed[d] * sigmoid(mixed[d])
+    for span in range(lo, hi):
+        b, first = span // spans, span % spans * SPAN
+        last = min(first + SPAN, length)
+        for t in range(max(first - reach, 0), last):  # what the convolution sees of the span before is found here too
+            find_facts(b, t, squash, eps, conv_eps, query, projected, gain, facts)
+        for t in range(first, last):
+            for m in range(streams):
+                convolve(b, t, m, dilation, projected, taps, segments, facts, mixed)
+                gate = facts[b, t, m, GATE]
+                for d in range(dim):
+                    delta[b, t, m, d] = gate * projected[b, t, streams, d] + mixed[d] * sigmoid(mixed[d])
 
 
 @quick
-def gradients(
-    lo, hi, delta_grad, query, projected, gain, taps, facts, dilation, length, documents, squash, eps, conv_eps,
-    query_grad, projected_grad, gain_grad, taps_grad,
+def backward(
+    lo, hi, dilation, squash, eps, conv_eps, query, projected, gain, taps, segments, facts,
+    delta_grad, query_grad, projected_grad, gain_grad, taps_grad,
 ):  # fmt: skip
-    """Gradients of the tokens of spans lo to hi; of the weights, [span, ...], the spans' shares.
+    """Gradients of query and projected, and the spans' shares [span, ...] of those of gain and taps.
 
-    A token's gradient needs those of the convolution's output at later tokens. So each span is walked from its end, with
-    the last few in a ring; those that lie behind the span are computed here again.
+    A position's gradient needs that of the convolution's output up to `reach` positions later: it is found that far
+    ahead and kept in a ring, so those behind a span are found here too.
     """
-    kernel, streams, dim = taps.shape
-    width, ring_size = np.float32(dim), max(kernel - 1, 0) * dilation + 1
-    spans = -(-length // SPAN)  # of a sequence
-    ring = np.empty((ring_size, streams, dim), np.float32)
+    (kernel, streams, dim), length = taps.shape, query.shape[1]
+    reach, spans, width = max(kernel - 1, 0) * dilation, -(-length // SPAN), np.float32(dim)
+    ring = np.empty((reach + 1, streams, dim), np.float32)
     mixed, normed_grad = np.empty(dim, np.float32), np.empty(dim, np.float32)
     for span in range(lo, hi):
+        b, first = span // spans, span % spans * SPAN
+        last = min(first + SPAN, length)
         gain_grad[span] = ZERO
         taps_grad[span] = ZERO
-        start = span // spans * length
-        end, first = start + length, start + span % spans * SPAN
-        last = min(first + SPAN, end)
-        for n in range(min(last + ring_size - 1, end) - 1, first - 1, -1):
-            here = n % ring_size
-            for m in range(streams):
-                convolve(n, m, projected, taps, facts, dilation, start, documents, mixed)
+        for ahead in range(first, last + reach):
+            for m in range(streams if ahead < length else 0):
+                convolve(b, ahead, m, dilation, projected, taps, segments, facts, mixed)
+                slot = ahead % (reach + 1)
                 for d in range(dim):
                     opening = sigmoid(mixed[d])
-                    ring[here, m, d] = delta_grad[n, m, d] * opening * (ONE + mixed[d] * (ONE - opening))
-            if n >= last:
+                    ring[slot, m, d] = delta_grad[b, ahead, m, d] * opening * (ONE + mixed[d] * (ONE - opening))
+            t = ahead - reach
+            if t < first:
                 continue
 
             for d in range(dim):
-                projected_grad[n, streams, d] = ZERO
+                projected_grad[b, t, streams, d] = ZERO
             for m in range(streams):
                 # normed = norm * gate * value; mixed = convolution of normed
+                gate, norm = facts[b, t, m, GATE], facts[b, t, m, NORM]
+                scale = gate * norm
                 for d in range(dim):
                     normed_grad[d] = ZERO
                 for tap in range(kernel):
-                    lag = (kernel - 1 - tap) * dilation
-                    if seen(n, n - lag, start, documents):
-                        scale = facts[n - lag, m, GATE] * facts[n - lag, m, NORM]
+                    later = t + (kernel - 1 - tap) * dilation
+                    if later < length and segments[b, later] == segments[b, t]:
+                        slot = later % (reach + 1)
                         for d in range(dim):
-                            taps_grad[span, tap, m, d] += scale * projected[n - lag, streams, d] * ring[here, m, d]
-                    if n + lag < end and seen(n + lag, n, start, documents):
-                        there = (n + lag) % ring_size
-                        for d in range(dim):
-                            normed_grad[d] += taps[tap, m, d] * ring[there, m, d]
+                            normed_grad[d] += taps[tap, m, d] * ring[slot, m, d]
+                            taps_grad[span, tap, m, d] += scale * projected[b, t, streams, d] * ring[slot, m, d]
 
                 # delta = gate * value + SiLU(mixed); norm = 1 / sqrt(mean((gate * value)^2) + conv_eps)
-                gate, norm = facts[n, m, GATE], facts[n, m, NORM]
                 direct, normed = ZERO, ZERO
                 for d in range(dim):
-                    direct += delta_grad[n, m, d] * projected[n, streams, d]
-                    normed += normed_grad[d] * projected[n, streams, d]
-                scale = gate * norm
+                    direct += delta_grad[b, t, m, d] * projected[b, t, streams, d]
+                    normed += normed_grad[d] * projected[b, t, streams, d]
                 shrink = scale * scale * scale * normed / width
                 for d in range(dim):
-                    projected_grad[n, streams, d] += (
-                        gate * delta_grad[n, m, d] + scale * normed_grad[d] - shrink * projected[n, streams, d]
-                    )
+                    change = gate * delta_grad[b, t, m, d] + scale * normed_grad[d]
+                    projected_grad[b, t, streams, d] += change - shrink * projected[b, t, streams, d]
                 gate_grad = direct + (conv_eps * norm * norm) * norm * normed
 
                 # gate = sigmoid(squashed(score)); score = product * query_scale * key_scale / sqrt(D)
-                score, query_scale, key_scale = facts[n, m, SCORE], facts[n, m, QUERY], facts[n, m, KEY]
+                score, query_scale, key_scale = facts[b, t, m, SCORE], facts[b, t, m, QUERY], facts[b, t, m, KEY]
                 score_grad = gate_grad * gate * (ONE - gate) * squashed(score, squash)[1]
                 product_grad = score_grad * (query_scale * key_scale) / np.sqrt(width)
                 query_shrink = score_grad * score * (query_scale * query_scale) / width
                 key_shrink = score_grad * score * (key_scale * key_scale) / width
                 for d in range(dim):
-                    query_grad[n, m, d] = product_grad * projected[n, m, d] * gain[m, d] - query_shrink * query[n, m, d]
+                    pull = product_grad * gain[m, d] * projected[b, t, m, d]
+                    query_grad[b, t, m, d] = pull - query_shrink * query[b, t, m, d]
                 for d in range(dim):
-                    projected_grad[n, m, d] = (
-                        product_grad * query[n, m, d] * gain[m, d] - key_shrink * projected[n, m, d]
-                    )
+                    pull = product_grad * gain[m, d] * query[b, t, m, d]
+                    projected_grad[b, t, m, d] = pull - key_shrink * projected[b, t, m, d]
                 for d in range(dim):
-                    gain_grad[span, m, d] += product_grad * query[n, m, d] * projected[n, m, d]
+                    gain_grad[span, m, d] += product_grad * query[b, t, m, d] * projected[b, t, m, d]

@@ -6,8 +6,9 @@ device never waits; and back to back, so that it answers many requests with few 
 records are read, whatever the file's read-ahead.
 
 What was measured against it (264-byte records, virtual NVMe disk): thirty-two threads in `pread` take twice the
-processor time on a cold file and ten times for the eight reads of a decoding step; io_uring comes out equal, with a ring
-to set up; O_DIRECT takes 0.6 of the time on a cold file, and twice the time where the page cache would have had the row.
+processor time on a cold file, six times where a decoding step wants eight records, for at most the same rate; io_uring
+comes out equal, with a ring to set up; O_DIRECT takes 0.6 of the processor time on a cold file, but twice that and five
+times as long where the page cache would have had the record.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def read_row(descriptor: int, offset: int, row: np.ndarray) -> None:
         if not part:
             raise DataError(
                 f"The file ends at byte {os.fstat(descriptor).st_size:,}, but a record of {len(row)} bytes starts at "
-                f"byte {offset:,}: it has shrunk, or belongs to another table, and the row would hold what happened to be in memory."
+                f"byte {offset:,}: it has shrunk, or belongs to another table, and the row would hold what happened to be "
+                "in memory."
             )
         row.data[done : done + len(part)] = part
         done += len(part)

@@ -27,7 +27,10 @@ INFINITY, MANTISSA = np.uint32(0x7F800000), np.uint32(0x7FFFFF)
 
 
 def gather(records: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:
-    """out[i] = records[slots[i]]: uint8 [S, stride] and [U, stride], both C-contiguous; slots int64 [U], not checked."""
+    """out[i] = records[slots[i]]. records: uint8 [S, stride]; slots: int64 [U], not checked; out: uint8 [U, stride].
+
+    As everywhere here, the bytes of a row lie side by side; the rows themselves may be strided.
+    """
     run(_gather, len(slots), records, slots, out)
 
 
@@ -37,14 +40,14 @@ def scatter(records: np.ndarray, slots: np.ndarray, source: np.ndarray) -> None:
 
 
 def read_rows(form: Any, records: np.ndarray, slots: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
-    """Rows into out [U, dim] float32. form: RowFormat; records: uint8 [S, stride]; slots, ids: int64 [U]; all C-contiguous."""
+    """Rows into out [U, dim] float32. form: RowFormat; records: uint8 [S, stride]; slots, ids: int64 [U]."""
     run(_read_rows, len(slots), CODE[form.encoding], form.seed, np.float32(form.unit), records, slots, ids, out)
 
 
 def update_rows(
     form: Any, records: np.ndarray, slots: np.ndarray, ids: np.ndarray, grads: np.ndarray, lr: float, clock: int
 ) -> None:
-    """Row-wise Adagrad in place on trainable records of distinct slots. grads: float32 [U, dim]; all C-contiguous."""
+    """Row-wise Adagrad in place on trainable records of distinct slots. grads: float32 [U, dim]."""
     settings = CODE[form.encoding], form.seed, np.float32(form.unit), np.float32(lr), clock
     run(_update_rows, len(slots), *settings, records, slots, ids, grads, grain=256)
 
@@ -63,7 +66,7 @@ def encode(form: Any, rows: np.ndarray, out: np.ndarray, ids: np.ndarray | None 
 
 @intrinsic
 def _at(typing, array, i):
-    """Pointer to array[i] of a C-contiguous array."""
+    """Pointer to array[i], whose numbers lie side by side."""
 
     def generate(context, builder, signature, arguments):
         view = cgutils.create_struct_proxy(array)(context, builder, arguments[0])

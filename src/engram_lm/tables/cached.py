@@ -66,8 +66,8 @@ class CachedStore(Store):
 
     @staticmethod
     def bytes_per_row(form: RowFormat) -> int:
-        """Bytes of RAM that a row in the cache takes, at most: its record, its owner and place in a queue, its index."""
-        return form.stride + 13 + 52
+        """Bytes of RAM that a row in the cache takes, at most: its record, its owner and its place in the queues, its index."""
+        return form.stride + 17 + 52
 
     @property
     def resident(self) -> int:
@@ -133,6 +133,12 @@ class CachedStore(Store):
             self._records[first : first + len(ids)] = read.records[read.slots]
             with self._looking:
                 self._where.put(ids, np.arange(first, first + len(ids)))
+
+    def begin(self, clock: int, *, again: bool) -> int:
+        """Begin in the inner store and forget all copies of its rows."""
+        clock = self.inner.begin(clock, again=again)
+        self.forget()
+        return clock
 
     def save(self, directory: Path, clock: int, digest: str) -> None:
         """The inner store has every change."""

@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import compiled
+
 
 def deduplicate(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids [U], ascending, and where each of `ids` [...] is among them: `unique[inverse]` equals `ids`."""
-    return torch.unique(ids, return_inverse=True)
+    """Distinct ids [U], ascending, and where each of `ids` [...] is among them: `unique[inverse]` equals `ids`.
+
+    All are int64. Raises IndexError for a negative id.
+    """
+    if ids.device.type == "cpu" and compiled():
+        from ..kernels import dedup as kernel
+
+        unique, inverse = map(torch.from_numpy, kernel.deduplicate(ids.numpy()))
+    else:
+        unique, inverse = torch.unique(ids, return_inverse=True)
+    if unique.numel() and unique[0] < 0:
+        raise IndexError(f"id {int(unique[0])} is negative: rows are counted from 0, so it would read a wrong one.")
+    return unique, inverse

@@ -93,7 +93,7 @@ class FileStore(Store):
         with self._steady:
             self.journal.rollback(clock)
 
-    def begin(self, *, again: bool = False) -> None:
+    def begin(self, clock: int, *, again: bool) -> int:
         """Start from the rows of the table file; `again`: forget what the journal has.
 
         Raises MismatchError when it has commits that are not to be forgotten.
@@ -105,6 +105,7 @@ class FileStore(Store):
             )
         with self._steady:
             self.journal.rollback(None)
+        return self.clock
 
     def settle(self, clock: int) -> None:
         """Apply the commits up to `clock` once the journal is larger than `journal_limit`."""

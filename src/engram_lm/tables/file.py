@@ -74,6 +74,10 @@ class Header:
     name: str = ""
     block_rows: int = 64
 
+    def __post_init__(self) -> None:
+        if self.num_rows < 1 or self.block_rows < 1:
+            raise ConfigError(f"a table needs at least one row, got {self.num_rows} in blocks of {self.block_rows}.")
+
     @property
     def num_blocks(self) -> int:
         """Blocks of rows; the last one may be shorter."""
@@ -208,7 +212,7 @@ def block_checksums(blocks: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     The sum of word[j] * odd(j) over a block's 32-bit words, times odd(number), modulo 2^64. The factors are odd, so
     a change within one word always shows; they depend on the place, so rows and blocks that changed places show as well.
     """
-    words = np.ascontiguousarray(blocks).reshape(len(blocks), -1).view("<u4")
+    words = np.ascontiguousarray(blocks).reshape(len(blocks), math.prod(blocks.shape[1:])).view("<u4")
     factors = _factors(words.shape[1])
     if compiled():
         from ..kernels.checksum import weighted_sums as fast
@@ -246,6 +250,7 @@ class TableFile:
         num_rows, form, digest, facts: what the file says; digest "" belongs to no plan.
         rows_offset: where the first record is in the file, a multiple of 4096.
         block_rows, num_blocks: rows under one checksum, and how many checksums there are.
+        piece: blocks that are read or written at a time, about 4 MiB.
     """
 
     def __init__(self, path: Path, descriptor: int, header: Header, start: int, *, writable: bool) -> None:
@@ -253,6 +258,8 @@ class TableFile:
         self.num_rows, self.form = header.num_rows, header.form
         self.digest, self.facts = header.digest, header.facts
         self.block_rows, self.num_blocks = header.block_rows, header.num_blocks
+        self._stride, self._block_bytes = header.form.stride, header.block_rows * header.form.stride
+        self.piece = max(1, PIECE // self._block_bytes)
         self._clock_offset, self._checksums_offset = start, start + PAGE
         self.rows_offset = self._checksums_offset + header.checksum_bytes
         self._end = self.rows_offset + header.num_rows * header.form.stride
@@ -291,8 +298,6 @@ class TableFile:
         facts: dict[str, str] | None = None,
     ) -> TableFile:
         """As `create`, but called PATH.partial until `publish`. Closed before that, it vanishes."""
-        if num_rows < 1:
-            raise ConfigError(f"a table needs at least one row, got {num_rows}.")
         path = Path(path)
         header = Header(num_rows, form, digest, facts or {}, name=secrets.token_hex(8) if form.trainable else "")
         beginning = header.to_bytes()
@@ -417,13 +422,13 @@ class TableFile:
 
     def offsets(self, ids: np.ndarray) -> np.ndarray:
         """Byte offsets [U] int64 of the records of rows [U]."""
-        return self.rows_offset + ids * self.form.stride
+        return self.rows_offset + ids * self._stride
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Records [last - first, stride] uint8 of a run of rows. Raises DataError when the file no longer holds them."""
         self._check(first, last)
-        records = np.zeros((last - first, self.form.stride), np.uint8)
-        self._fill_rows([records], [self.rows_offset + first * self.form.stride])
+        records = np.zeros((last - first, self._stride), np.uint8)
+        self._fill_kept([records], [self.rows_offset + first * self._stride])
         return records
 
     def blocks(self, numbers: np.ndarray, *, checked: bool = True) -> np.ndarray:
@@ -431,14 +436,12 @@ class TableFile:
 
         Raises DataError for one that is damaged, if `checked`.
         """
-        blocks = np.zeros((len(numbers), self.block_rows, self.form.stride), np.uint8)
+        blocks = np.zeros((len(numbers), self.block_rows, self._stride), np.uint8)
         starts = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
-        self._fill_rows(np.split(blocks, starts), self._block_offsets(numbers[[0, *starts]]))
+        self._fill_kept(np.split(blocks, starts), self._block_offsets(numbers[[0, *starts]]))
         if checked:
-            bad = numbers[
-                block_checksums(blocks, numbers)
-                != self.checksums(int(numbers[0]), int(numbers[-1]) + 1)[numbers - numbers[0]]
-            ]
+            first, end = int(numbers[0]), int(numbers[-1]) + 1
+            bad = numbers[block_checksums(blocks, numbers) != self.checksums(first, end)[numbers - first]]
             if len(bad):
                 raise DataError(
                     f"{self.path}: {self._damage(int(bad[0]))} does not match its checksum: the file was damaged; "
@@ -448,23 +451,22 @@ class TableFile:
 
     def checksums(self, first: int, last: int) -> np.ndarray:
         """The checksums [last - first] uint64 of blocks as the file has them."""
-        sums = np.empty(last - first, "<u8")
-        self._fill(sums, self._checksums_offset + 8 * first)
+        sums = np.zeros(last - first, "<u8")
+        self._fill_kept([sums.view(np.uint8)], [self._checksums_offset + 8 * first])
         return sums
 
     def written(self, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
-        """Numbers [n] of the blocks that the file system keeps, ascending, up to 4 MiB at a time; all others are zeros."""
-        block_bytes = self.block_rows * self.form.stride
+        """Numbers [n] of the blocks that the file system keeps, ascending, a piece at a time; all others are zeros."""
         last = self.num_blocks if last is None else last
         numbers: list[int] = []
         for start, end in self._kept(*self._block_offsets(np.array([first, last]))):
-            lo = max(first, (start - self.rows_offset) // block_bytes)
-            first = -(-(end - self.rows_offset) // block_bytes)
+            lo = max(first, (start - self.rows_offset) // self._block_bytes)
+            first = -(-(end - self.rows_offset) // self._block_bytes)
             while lo < first:
-                step = min(first - lo, self._piece - len(numbers))
+                step = min(first - lo, self.piece - len(numbers))
                 numbers += range(lo, lo + step)
                 lo += step
-                if len(numbers) == self._piece:
+                if len(numbers) == self.piece:
                     yield np.array(numbers)
                     numbers = []
         if numbers:
@@ -501,15 +503,15 @@ class TableFile:
         self._check(first, first + len(records))
         last, end = first + len(records), -(-(first + len(records)) // self.block_rows)
         with self._writing(f"rows {first:,} to {last - 1:,}"):
-            for lo in range(first // self.block_rows, end, self._piece):
-                numbers = np.arange(lo, min(lo + self._piece, end))
+            for lo in range(first // self.block_rows, end, self.piece):
+                numbers = np.arange(lo, min(lo + self.piece, end))
                 row, behind = lo * self.block_rows, min((lo + len(numbers)) * self.block_rows, self.num_rows)
                 begin, stop = max(first, row), min(last, behind)
                 if (begin, stop) == (row, behind):
-                    blocks = np.zeros((len(numbers), self.block_rows, self.form.stride), np.uint8)
+                    blocks = np.zeros((len(numbers), self.block_rows, self._stride), np.uint8)
                 else:
                     blocks = self.blocks(numbers, checked=not torn)
-                blocks.reshape(-1, self.form.stride)[begin - row : stop - row] = records[begin - first : stop - first]
+                blocks.reshape(-1, self._stride)[begin - row : stop - row] = records[begin - first : stop - first]
                 self._put(lo, blocks)
 
     def _put(self, first: int, blocks: np.ndarray) -> None:
@@ -535,8 +537,8 @@ class TableFile:
         self._check(int(ids[0]), int(ids[-1]) + 1)
         numbers, starts, counts = np.unique(ids // self.block_rows, return_index=True, return_counts=True)
         with self._writing(f"{len(ids):,} rows from {ids[0]:,} to {ids[-1]:,}"):
-            for lo in range(0, len(numbers), self._piece):
-                some = slice(lo, lo + self._piece)
+            for lo in range(0, len(numbers), self.piece):
+                some = slice(lo, lo + self.piece)
                 rows = slice(starts[lo], starts[lo] + counts[some].sum())
                 self._patch(numbers[some], counts[some], ids[rows], records[rows], torn)
 
@@ -545,10 +547,10 @@ class TableFile:
         blocks = self.blocks(numbers, checked=not torn)
         inside = ids % self.block_rows
         blocks[np.repeat(np.arange(len(numbers)), counts), inside] = records
-        ends, stride = np.cumsum(counts), self.form.stride
+        ends = np.cumsum(counts)
         spans = inside[ends - counts].tolist(), (inside[ends - 1] + 1).tolist()
         for block, offset, lo, hi in zip(blocks, self._block_offsets(numbers), *spans, strict=True):
-            self._store(block[lo:hi], offset + lo * stride)
+            self._store(block[lo:hi], offset + lo * self._stride)
         first, end = int(numbers[0]), int(numbers[-1]) + 1
         sums = self.checksums(first, end)
         sums[numbers - first] = block_checksums(blocks, numbers)
@@ -556,22 +558,16 @@ class TableFile:
 
     # bytes
 
-    @property
-    def _piece(self) -> int:
-        """Blocks of PIECE bytes."""
-        return max(1, PIECE // (self.block_rows * self.form.stride))
-
     def _check(self, first: int, last: int) -> None:
         if not 0 <= first <= last <= self.num_rows:
             raise IndexError(f"{self.path}: has rows 0 to {self.num_rows - 1:,}, not {first:,} to {last - 1:,}.")
 
     def _damage(self, block: int) -> Damage:
-        first, last = (min(edge * self.block_rows, self.num_rows) for edge in (block, block + 1))
-        return Damage(block, first, last)
+        return Damage(block, *(min(edge * self.block_rows, self.num_rows) for edge in (block, block + 1)))
 
     def _block_offsets(self, numbers: np.ndarray) -> list[int]:
         """Where blocks begin in the file."""
-        return (self.rows_offset + numbers * self.block_rows * self.form.stride).tolist()
+        return (self.rows_offset + numbers * self._block_bytes).tolist()
 
     def _kept(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Runs [lo, hi) of the bytes from `start` to `end` that the file system keeps.
@@ -592,8 +588,8 @@ class TableFile:
             if lo < end:
                 yield lo, min(start, end)
 
-    def _fill_rows(self, runs: Sequence[np.ndarray], offsets: Sequence[int]) -> None:
-        """Read each of `runs`, which are zeros, from its offset, as far as the file has rows."""
+    def _fill_kept(self, runs: Sequence[np.ndarray], offsets: Sequence[int]) -> None:
+        """Read each of `runs`, uint8 and zero, from its offset, without the holes and what lies behind the rows."""
         pieces = [
             (run.reshape(-1)[lo - offset : hi - offset], lo)
             for run, offset in zip(runs, offsets, strict=True)

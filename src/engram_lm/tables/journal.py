@@ -5,14 +5,14 @@ where the newest version of a row is; rows that it lacks are as in the table fil
 follows the last commit is gone after a kill. When nobody needs the commits before some clock any more, the rows up to there
 are written into the table file, block after block, and a shorter journal takes over: `drop`.
 
-    <table file>.journal = head | segment | segment | ...        little-endian, all in multiples of 32 bytes
+    <table file>.journal = head | segment | segment | ...        little-endian, all in multiples of 64 bytes
     rows   = mark | ids int64 [n] | records uint8 [n, stride]    rows as they are from now on
-    seal   = mark | the same mark                                commit, or apply: all that is before it is durable
+    seal   = mark                                                commit, or apply: all that is before it is durable
     void   = mark | anything                                     what a rollback took back
 
-The head is written once and renamed into place, a mark lies within one sector, and a seal is written when all before it is
-durable. So a kill or a power cut leaves whole segments and then anything but a seal; what cannot be read before a seal is
-damage. A rollback writes the mark of a void over the first one that it takes back: to truncate seals might happen by halves.
+The head is written once and renamed into place. A mark is 32 bytes, twice, within one sector; a seal is written when all
+before it is durable. So a kill or a power cut leaves whole segments and then anything but a seal, and what cannot be read
+before a seal is damage. A rollback turns what it takes back into a void: a cut might be half done when the power fails.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .file import TableFile
 MAGIC = b"engram-j"
 HEAD = Struct("<8s I q 32s 8x I")  # magic, generation, clock of the table file, its identity, CRC-32 of all this
 MARK = Struct("<8s I I q I I")  # magic, kind, generation, rows or clock, CRC-32 of the body, CRC-32 of all this
+UNIT = 2 * MARK.size  # a mark lies there twice, lest a flipped bit in the last commit's makes it a torn tail
 ROWS, COMMIT, APPLY, VOID = 1, 2, 3, 4
 PORTION = 1 << 24  # bytes in memory at a time where a journal is read or copied as a whole
 
@@ -73,7 +74,7 @@ class Journal:
         self.descriptor, self._generation, self._index = -1, 0, IdMap()
         self._end, self.commits = HEAD.size, {table.clock: HEAD.size}
         self._applying = -1  # clock of an unfinished `drop`: the table file may hold rows of any time up to then
-        self._unsure = False  # an fsync failed: what was written before may be lost, and no later fsync would tell
+        self._unsure = False  # an fsync failed: what was written before it may be lost, and no later one would tell
         try:
             if self.path.exists():
                 self._open()
@@ -152,8 +153,8 @@ class Journal:
         if len(ids) == 0:
             return
         ids, records = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(records)
-        first = self._end + MARK.size + ids.nbytes
-        body = ids.data, records.data, bytes(-(ids.nbytes + records.nbytes) % MARK.size)
+        first = self._end + UNIT + ids.nbytes
+        body = ids.data, records.data, bytes(-(ids.nbytes + records.nbytes) % UNIT)
         with self._explained("cannot take up more rows"):
             self._write(self._mark(ROWS, len(ids), *body), *body)
         with self.lock:
@@ -190,7 +191,7 @@ class Journal:
             if self._table.writable:
                 with self._explained("cannot be rolled back"):
                     self._sync()
-                    _write_all(self.descriptor, end, self._mark(VOID, self._end - end - MARK.size))
+                    _write_all(self.descriptor, end, self._mark(VOID, self._end - end - UNIT))
                     self._sync()
             self.commits = commits
             with self.lock:
@@ -246,8 +247,7 @@ class Journal:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def _write(self, *parts: bytes | memoryview) -> None:
-        """Append a segment, whole or not at all."""
-        os.ftruncate(self.descriptor, self._end)  # cuts a torn tail, if there is one
+        """Append a segment, whole or not at all, over the torn tail if there is one."""
         try:
             end = _write_all(self.descriptor, self._end, *parts)
         except BaseException:
@@ -259,15 +259,14 @@ class Journal:
         checksum = 0
         for part in body:
             checksum = zlib.crc32(part, checksum)
-        return _with_crc(MARK.pack(MAGIC, kind, self._generation, value, checksum, 0))
+        return 2 * _with_crc(MARK.pack(MAGIC, kind, self._generation, value, checksum, 0))
 
     def _seal(self, kind: int, clock: int) -> None:
         """Make everything durable, then say so durably."""
         if self._unsure:
             raise OSError("an fsync failed before, so rows may be lost; open the table again")
         self._sync()
-        mark = self._mark(kind, clock)
-        self._write(mark, mark)
+        self._write(self._mark(kind, clock))
         self._sync()
 
     def _sync(self) -> None:
@@ -331,8 +330,8 @@ class Journal:
     def _segments(self, end: int) -> Iterator[tuple[Mark, int, int]]:
         """Marks, and where their bodies start and end, up to the torn tail."""
         at, number = HEAD.size, 0
-        while at + MARK.size <= end:
-            start, mark = at + MARK.size, _mark(os.pread(self.descriptor, MARK.size, at))
+        while at + UNIT <= end:
+            start, mark = at + UNIT, _mark(os.pread(self.descriptor, UNIT, at))
             stop = start + self._size(mark) if mark else start
             if mark is None or stop > end or (mark.kind == ROWS and self._checksum(start, stop) != mark.checksum):
                 if self._sealed(start, end):
@@ -348,8 +347,8 @@ class Journal:
         """Bytes of a body."""
         if mark.kind == ROWS:
             size = mark.value * (8 + self._table.form.stride)
-            return size + -size % MARK.size
-        return mark.value if mark.kind == VOID else MARK.size
+            return size + -size % UNIT
+        return mark.value if mark.kind == VOID else 0
 
     def _checksum(self, start: int, stop: int) -> int:
         """CRC-32 of a body."""
@@ -394,8 +393,9 @@ def _sound(raw: bytes) -> bool:
 
 
 def _mark(raw: bytes) -> Mark | None:
-    """The mark, unless it is torn or damaged."""
-    return Mark(*MARK.unpack(raw)[1:-1]) if _sound(raw) else None
+    """The mark in its first or second copy, unless both are damaged."""
+    sound = (half for half in (raw[: MARK.size], raw[MARK.size :]) if _sound(half))
+    return next((Mark(*MARK.unpack(half)[1:-1]) for half in sound), None)
 
 
 def _write_all(descriptor: int, at: int, *parts: bytes | memoryview) -> int:

@@ -22,13 +22,27 @@ def save_records(path: Path, records: np.ndarray, form: RowFormat, digest: str) 
 
 
 def load_records(path: Path, records: np.ndarray, form: RowFormat, digest: str) -> None:
-    """Fill records [N, stride] from a table file. Raises MismatchError when it is another table's."""
+    """Fill records [N, stride] from a table file. Raises MismatchError when it is another's, DataError when it is damaged."""
     with TableFile.open(path, digest=digest) as file:
         require(file, form, len(records))
-        step = max(1, CHUNK // form.stride)
-        for first in range(0, len(records), step):
-            last = min(first + step, len(records))
-            records[first:last] = file.read(first, last)
+        done = 0
+        for numbers in file.written():
+            runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+            for run in runs:
+                first, last = int(run[0]) * file.block_rows, min((int(run[-1]) + 1) * file.block_rows, len(records))
+                clear(records[done:first])
+                blocks = file.blocks(run)
+                records[first:last] = blocks.reshape(-1, blocks.shape[-1])[: last - first]
+                done = last
+        clear(records[done:])
+
+
+def clear(records: np.ndarray) -> None:
+    """Zero records [n, stride], where they are not: memory that was never touched stays so."""
+    step = max(1, CHUNK // records.shape[1])
+    for first in range(0, len(records), step):
+        if records[first : first + step].any():
+            records[first : first + step] = 0
 
 
 def require(file: TableFile, form: RowFormat, num_rows: int) -> None:

@@ -67,6 +67,10 @@ class Store(ABC):
     def changed(self, ids: np.ndarray, held: Held) -> None:  # noqa: B027  (records in RAM are where they belong)
         """Keep the records of `ids`, which were altered where they are held."""
 
+    def begin(self, clock: int, *, again: bool) -> int:
+        """A run starts here, at `clock`; `again`: and forgets what an earlier try left. Returns the clock that it starts from."""
+        return clock
+
     @abstractmethod
     def save(self, directory: Path, clock: int, digest: str) -> None:
         """Make every change so far durable under the number `clock`: in place, or in a file of `directory`."""

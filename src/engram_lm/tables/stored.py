@@ -80,6 +80,12 @@ class StoredTable(Table):
             held.records[held.slots, : self.form.row_bytes] = encoded
             self._changed(numbers, held)
 
+    def begin(self, *, again: bool = False) -> None:
+        """Start from what the store was opened with. Raises MismatchError when that holds another run's updates."""
+        with self.lock:
+            self.clock = self.store.begin(self.clock, again=again)
+            self._all_stale()
+
     def save(self, directory: Path) -> None:
         """Commit the store under the present clock."""
         with self.lock:
@@ -90,8 +96,7 @@ class StoredTable(Table):
         with self.lock:
             self.store.load(directory, clock, self.digest)
             self.clock = clock
-            for fetch in self.travelling:
-                fetch.stale.append(fetch.ids)
+            self._all_stale()
 
     def settle(self, clock: int) -> None:
         """Let the store drop what only earlier commits need."""
@@ -132,6 +137,10 @@ class StoredTable(Table):
         self.store.changed(ids, held)
         for fetch in self.travelling:
             fetch.stale.append(ids)
+
+    def _all_stale(self) -> None:
+        for fetch in self.travelling:
+            fetch.stale.append(fetch.ids)
 
     def _alterable(self) -> None:
         if not self.store.writable or not self.form.trainable:

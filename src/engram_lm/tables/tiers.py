@@ -117,18 +117,10 @@ class DiskTable(StoredTable):
         try:
             if form is not None:
                 require(file, form, num_rows or file.num_rows)
-            self.file_store = FileStore(file, journal_limit=journal, reads=reads)
+            store = FileStore(file, journal_limit=journal, reads=reads)
         except BaseException:
             file.close()
             raise
         rows = min(memory // CachedStore.bytes_per_row(file.form), file.num_rows)
-        super().__init__(
-            CachedStore(self.file_store, rows) if rows else self.file_store, device, asynchronous=asynchronous
-        )
-        self.digest, self.clock = file.digest, self.file_store.clock
-
-    def begin(self, *, again: bool = False) -> None:
-        """Start from the rows of the file. Raises MismatchError when a journal holds another run's updates."""
-        with self.lock:
-            self.file_store.begin(again=again)
-            self.clock = self.file_store.clock
+        super().__init__(CachedStore(store, rows) if rows else store, device, asynchronous=asynchronous)
+        self.digest, self.clock = file.digest, store.clock
