@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from engram_lm.hashing import HashConfig, hash_ngrams
 from engram_lm.memory import Engram, EngramConfig
 from engram_lm.model.lookup import build_plan
-from engram_lm.tables import DeviceTable, deduplicate
+from engram_lm.tables import HostTable, RowFormat, deduplicate, expand
 from engram_lm.tokens import CanonicalVocabulary
 from engram_lm.train.tokenizer import train_tokenizer
 
@@ -39,10 +39,10 @@ show("rows of each head", plan.sizes[0].tolist())
 show("ids [B, T, L, K]", ids)
 
 # Fetch: each distinct row once, as a leaf that will receive the gradient.
-table = DeviceTable(plan.num_rows, dim=16)
+table = HostTable(plan.num_rows, RowFormat(dim=16))
 unique, inverse = deduplicate(ids)
 leaf = table.fetch(unique).requires_grad_()
-rows = F.embedding(inverse, leaf)
+rows = expand(leaf, inverse)
 show("reads", ids.numel())
 show("distinct rows [U, d]", leaf)
 show("rows [B, T, L, K, d]", rows)

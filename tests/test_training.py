@@ -150,7 +150,7 @@ def test_nothing_in_a_step_has_the_size_of_the_table(tmp_path):
     with Sizes(run.lookup.table.num_rows) as sizes:
         run.step()
     run.close()
-    assert sizes.seen == {"index_select", "index_copy_", "index_add_"}
+    assert sizes.seen == {"index_select", "index_copy_"}
     assert all(p.numel() < 25_000 for p in run.model.parameters())
     assert all(tensor.numel() < 25_000 for tensor in run.optimizer.state().values())
 

@@ -219,7 +219,11 @@ def _mix(x: Tensor) -> Tensor:
 
 def read_rows(form: RowFormat, records: Tensor, slots: Tensor, ids: Tensor) -> Tensor:
     """Rows [U, dim] float32. records: uint8 [S, stride]; slots: [U] where the rows are; ids: [U] who they are."""
-    held = records[slots]
+    return _read(form, records.index_select(0, slots), ids)
+
+
+def _read(form: RowFormat, held: Tensor, ids: Tensor) -> Tensor:
+    """Rows [U, dim] of records [U, stride]."""
     rows = decode(form, held)
     if form.std:
         rows = torch.where((held == 0).all(1, keepdim=True), initial(form, ids), rows)
@@ -239,12 +243,13 @@ def update_rows(
         raise ConfigError("these rows are only read: their records have no accumulator, so no optimizer can step.")
     touched = (grads != 0).any(1)
     slots, ids, grads = slots[touched], ids[touched], grads[touched]
-    moment = _view(records[slots, form.row_bytes :], torch.float32) + _mean_square(grads)
+    held = records.index_select(0, slots)
+    moment = _view(held[:, form.row_bytes :], torch.float32) + _mean_square(grads)
     root = (moment + _float32(1e-24)).double().sqrt().float()  # as IEEE rounds it; torch's own is one off in places
     scale = torch.full_like(moment, lr) / root
-    rows = read_rows(form, records, slots, ids) - grads * scale
+    rows = _read(form, held, ids) - grads * scale
     data = encode(form, rows, None if form.encoding == "fp32" else noise(form, ids, clock))
-    records[slots] = torch.cat([data, moment.view(torch.uint8)], dim=1)
+    records.index_copy_(0, slots, torch.cat([data, moment.view(torch.uint8)], dim=1))
 
 
 def _mean_square(grads: Tensor) -> Tensor:
