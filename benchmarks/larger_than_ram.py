@@ -13,12 +13,12 @@ the outcome with the uninterrupted run's, bit for bit.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import platform
 import random
-import shutil
 import signal
 import time
 from dataclasses import replace
@@ -32,6 +32,7 @@ from rich.table import Table
 
 from engram_lm.model.presets import get_preset
 from engram_lm.tables import TableConfig
+from engram_lm.tables.disk import FileStore
 from engram_lm.tables.file import TableFile
 from engram_lm.train.allocator import keep_freed_memory
 from engram_lm.train.checkpoint import checksum, latest
@@ -103,9 +104,15 @@ def fill(path, gigabytes, table, text):
 
 def outcome(out):
     """What a finished disk run leaves: checksums of its last checkpoint's tensors and of all rows it wrote."""
-    newest = latest(out / "checkpoints")
-    files = {path.name: checksum(path) for path in sorted(newest.glob("*.safetensors"))}
-    return {**files, "journal": checksum(out / "table.safetensors.journal")}
+    files = {path.name: checksum(path) for path in sorted(latest(out / "checkpoints").glob("*.safetensors"))}
+    store = FileStore(TableFile.open(out / "table.safetensors"))
+    ids, _ = store.journal.newest(store.clock)
+    rows = hashlib.sha256(ids.tobytes())
+    for first in range(0, len(ids), 1 << 20):
+        held = store.hold(ids[first : first + (1 << 20)])
+        rows.update(held.records[held.slots].tobytes())
+    store.close()
+    return {**files, "rows": rows.hexdigest(), "changed": len(ids)}
 
 
 def killed_and_resumed(options, text, out, table, kills):
@@ -198,11 +205,16 @@ def main():
         whole = outcome(options.out / "disk")
         again = options.out / "killed"
         again.mkdir()
-        (options.out / "disk" / "table.safetensors").rename(again / "table.safetensors")  # the rows before training
+        (options.out / "disk" / "table.safetensors").rename(
+            again / "table.safetensors"
+        )  # its rows are those before training
         died = killed_and_resumed(options, text, again, tables["disk"][1], options.kill)
-        results["killed"] = {"times": died, "identical": outcome(again) == whole}
-        console.print(f"killed {died} times and resumed: {'identical' if outcome(again) == whole else 'DIFFERENT'}")
-        shutil.move(again / "table.safetensors", options.out / "disk" / "table.safetensors")
+        identical = outcome(again) == whole
+        results["killed"] = {"times": died, "identical": identical, "changed_rows": whole["changed"]}
+        console.print(
+            f"killed {died} times and resumed: {whole['changed']:,} changed rows, model and optimizer are "
+            + ("identical" if identical else "DIFFERENT")
+        )
 
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

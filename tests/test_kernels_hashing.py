@@ -15,39 +15,33 @@ fast = pytest.importorskip("engram_lm.kernels.hashing")
 BIG = 2**63 - 1
 
 
+def reduced(mixes, sizes, by_reciprocal=True):
+    """What the kernel makes of each mix and eight sizes: [mixes, 8]."""
+    sizes, ids = np.array(sizes), np.empty(8 * len(mixes), np.int64)
+    fast.reduce(np.array([mixes]), 8, by_reciprocal, sizes, fast.lowered(sizes), np.arange(8), ids)
+    return ids.reshape(-1, 8) - np.arange(8)
+
+
 @given(
-    st.lists(
-        st.tuples(
-            st.integers(2**14, 2**62) | st.sampled_from([2**14, 2**14 + 1, 2**31 - 1, 2**53 + 1]), st.integers(0, BIG)
-        ),
-        min_size=1,
-        max_size=40,
-    )
+    sizes=st.lists(
+        st.integers(2**14, 2**62) | st.sampled_from([2**14, 2**14 + 1, 2**31 - 1, 2**53 + 1]), min_size=8, max_size=8
+    ),
+    mixes=st.lists(st.integers(0, BIG), min_size=1),
 )
 @settings(max_examples=300)
-def test_remainders_are_exact(cases):
+def test_remainders_are_exact(sizes, mixes):
     """For any mix, and next to the multiples, where a quotient that is off by one shows."""
-    sizes, mixes = zip(
-        *(
-            (size, mix)
-            for size, x in cases
-            for mix in (x, x - x % size, x - x % size - 1, BIG - BIG % size)
-            if mix >= 0
-        ),
-        strict=True,
-    )
-    ids, modulus = np.array(mixes), np.array(sizes)
-    fast.remainders(ids, modulus, 1 / modulus * (1 - 2**-50), np.arange(len(ids)))
-    assert ids.tolist() == [mix % size + k for k, (mix, size) in enumerate(zip(mixes, sizes, strict=True))]
+    mixes += [mix - mix % size + step for mix in (*mixes, BIG) for size in sizes for step in (0, size - 1, -1)]
+    mixes = [mix for mix in mixes if 0 <= mix <= BIG]
+    assert reduced(mixes, sizes).tolist() == [[mix % size for size in sizes] for mix in mixes]
 
 
 def test_smaller_sizes_would_not_be_exact():
-    """So the limit in Constants is needed."""
-    sizes = np.full(100_000, 3)
-    ids = BIG - np.arange(len(sizes))
-    expected = ids % 3
-    fast.remainders(ids, sizes, 1 / sizes * (1 - 2**-50), np.zeros_like(sizes))
-    assert (ids != expected).any()
+    """So the limit is needed."""
+    mixes = [BIG - below for below in range(1000)]
+    exact = [[mix % 3] * 8 for mix in mixes]
+    assert reduced(mixes, [3] * 8).tolist() != exact
+    assert reduced(mixes, [3] * 8, by_reciprocal=False).tolist() == exact
     plan = HashPlan.build(HashConfig(rows_per_head=(20_000, 16_000)), vocab_size=10, pad=2)
     assert not fast.Constants.of(plan).by_reciprocal
 

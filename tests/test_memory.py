@@ -111,7 +111,7 @@ def test_gates_are_those_of_the_forward():
     gates = module.gates(hidden, rows)
     assert gates.shape == (2, 7, 3)
     delta, _ = module(hidden, rows)
-    _, value = module._keys_and_value(rows, hidden.dtype)
+    value = module._inputs(hidden, rows)[1][:, :, -1]
     torch.testing.assert_close(delta, gates[..., None] * value[:, :, None])
 
 

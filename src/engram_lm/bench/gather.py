@@ -1,7 +1,12 @@
-"""Gathering rows: random ones of a table in RAM that no cache holds, for every contender from the same memory."""
+"""Gathering rows: random ones of a table in RAM that no cache holds.
+
+Every contender reads the same memory, in huge pages as our tables have it; the best-known ones also read a table in ordinary
+pages, as their users' tables are.
+"""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,7 +43,8 @@ def bench_gather(
         raise ConfigError("bench gather compares the compiled gather with others, and Numba is not in use.")
     meter = Meter("gather", rounds)
     fbgemm = peers.FBGEMM.load(meter.left_out)
-    block = huge_pages(int(gigabytes * 1e9))
+    size = int(gigabytes * 1e9)
+    block, ordinary = huge_pages(size), np.frombuffer(mmap.mmap(-1, size), np.uint8)
     for memory in (AS_IT_COMES, KEPT):
         if memory == AS_IT_COMES and not hands_back():
             meter.left_out[memory] = "this process keeps freed memory already"
@@ -46,21 +52,21 @@ def bench_gather(
         if memory == KEPT:
             keep_freed_memory()
         for width in row_bytes:
-            records = fill(block[: block.size // width * width].reshape(-1, width))
+            records, copy = (fill(part[: size // width * width].reshape(-1, width)) for part in (block, ordinary))
             for count in rows:
                 title = f"{count:,} rows of {width} bytes out of {gigabytes:g} GB, {memory}"
-                meter.measure(title, contenders(records, count, fbgemm), unit="rows", work=count)
+                meter.measure(title, contenders(records, copy, count, fbgemm), unit="rows", work=count, awake=True)
     return meter.results()
 
 
-def contenders(records: np.ndarray, count: int, fbgemm: peers.FBGEMM | None) -> list[Contender]:
-    """All ways to get `count` rows of records uint8 [N, width]."""
+def contenders(records: np.ndarray, ordinary: np.ndarray, count: int, fbgemm: peers.FBGEMM | None) -> list[Contender]:
+    """All ways to get `count` rows of records uint8 [N, width], and some to get them of `ordinary`, a copy in ordinary pages."""
     from ..kernels.rows import gather
     from .probe import read
 
     num_rows, width = records.shape
-    table = torch.from_numpy(records)
-    floats = table.view(torch.float32)
+    table, other = torch.from_numpy(records), torch.from_numpy(ordinary)
+    floats, in_pages = table.view(torch.float32), other.view(torch.float32)
     out = torch.zeros(count, width // 4)
     out_bytes = out.view(torch.uint8).numpy()
 
@@ -90,11 +96,14 @@ def contenders(records: np.ndarray, count: int, fbgemm: peers.FBGEMM | None) -> 
         contender("index_select", lambda ids: floats.index_select(0, ids)),
         contender("index_select(out=)", lambda ids: torch.index_select(floats, 0, ids, out=out)),
         contender("numpy take(out=)", take),
+        contender("F.embedding, ordinary pages", lambda ids: F.embedding(ids, in_pages)),
+        contender("index_select(out=), ordinary pages", lambda ids: torch.index_select(in_pages, 0, ids, out=out)),
     ]
     if fbgemm is not None:
         note = "1.8.0, table-batched embedding for inference on a CPU; no pooling, no check of ids, rows out as they are in"
         entries.append(contender("FBGEMM, fp32 rows", fbgemm.gather(table, "fp32"), note))
         note = "the same for rows of a scale and integers, handed on as they are"
+        entries.append(contender("FBGEMM, fp32 rows, ordinary pages", fbgemm.gather(other, "fp32")))
         entries.append(contender("FBGEMM, int8 rows", fbgemm.gather(table, "int8"), note))
     note = "a loop that asks for rows ahead, reads a word of each of their cache lines and writes nothing: what memory allows"
     entries.append(

@@ -56,5 +56,5 @@ def bench_hash(*, tokens: Sequence[int] = (16_384, 65_536), rounds: int = 25) ->
         if theirs is not None:
             note = "1.2.7; n-grams of its own, by design, but of the same layers, orders and primes; without heads' offsets"
             contenders.append(Contender("engram-peft", theirs, in_range, some, note))
-        meter.measure(f"{count:,} tokens a call", contenders, unit="tokens", work=shape[0] * shape[1])
+        meter.measure(f"{count:,} tokens a call", contenders, unit="tokens", work=shape[0] * shape[1], awake=True)
     return meter.results()

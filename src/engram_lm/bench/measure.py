@@ -52,10 +52,13 @@ class Meter:
         self.calibration: list[float] = []
         self.left_out: dict[str, str] = {}
 
-    def measure(self, title: str, contenders: Sequence[Contender], *, unit: str = "", work: int = 1) -> Case:
+    def measure(
+        self, title: str, contenders: Sequence[Contender], *, unit: str = "", work: int = 1, awake: bool = False
+    ) -> Case:
         """Check what each contender computes, then time them, a call of each a round; the first round only warms up.
 
-        The first contender is the reference of the ratios. Raises WrongResultError for one that computes something else.
+        awake: call each once more just before it is timed, so that its threads run already: short calls one after
+        another. The first contender is the reference of the ratios. Raises WrongResultError for one that computes something else.
         """
         for contender in contenders:
             arguments = contender.prepare()
@@ -69,8 +72,10 @@ class Meter:
             self.calibration.append(timed(fixed_work))
             for position in range(len(contenders)):
                 which = (number + position) % len(contenders)
-                arguments = contenders[which].prepare()
+                arguments, before = contenders[which].prepare(), contenders[which].prepare() if awake else ()
                 time.sleep(PAUSE)
+                if awake:
+                    contenders[which].run(*before)
                 seconds[which].append(timed(contenders[which].run, *arguments))
         entries = (
             Entry(contender.name, tuple(times[1:]), contender.note)

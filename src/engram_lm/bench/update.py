@@ -46,7 +46,9 @@ def bench_update(
             taken += need
         else:
             meter.left_out[f"{size:,} rows"] = f"{need:.1f} GB more than there is room for"
-    meter.measure(f"{what}, by size of the table", [ours(size, rows, dim, f"{size:,} rows") for size in sizes])
+    meter.measure(
+        f"{what}, by size of the table", [ours(size, rows, dim, f"{size:,} rows") for size in sizes], awake=True
+    )
 
     for size in sizes:
         need = COPIES * size * dim * 4 / 1e9
@@ -58,7 +60,7 @@ def bench_update(
         contenders = [ours(size, rows, dim), sparse_adam(size, rows, dim), dense_adam(size, rows, dim)]
         if fbgemm is not None:
             contenders.append(rowwise_adagrad(fbgemm, size, rows, dim))
-        meter.measure(f"{what} of a table of {size:,}", contenders)
+        meter.measure(f"{what} of a table of {size:,}", contenders, awake=True)
         del contenders  # and the tables, before the next ones are made
     return meter.results()
 

@@ -46,9 +46,7 @@ def run(kernel: Callable[..., Any], count: int, *arguments: Any, grain: int = 10
     """Call kernel(lo, hi, *arguments) on slices of range(count), at least `grain` items each, one a thread."""
     parts = max(1, min(threads(), count // grain))
     edges = [count * part // parts for part in range(parts + 1)]
-    waiting = [
-        _pool(parts - 1).submit(kernel, lo, hi, *arguments) for lo, hi in pairwise(edges[1:])
-    ]
+    waiting = [_pool(parts - 1).submit(kernel, lo, hi, *arguments) for lo, hi in pairwise(edges[1:])]
     kernel(edges[0], edges[1], *arguments)
     for part in waiting:
         part.result()

@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs
-"""Hashing of n-grams, a stretch of positions at a time, so that each loop runs over neighbours and vectorises.
+"""Hashing of n-grams, a stretch of positions at a time, so that the loops over it vectorise.
 
-Remainders are taken by multiplying with the reciprocal in float64. With u = 2^-53, the five roundings (of x, of size, of
-1 / size, of this lowered by 8u, of the product) change the quotient of x < 2^63 by a factor within 1 ± 5.01u. Lowered, it
-is never too large, and too small by less than 2^63 / size * 13.1u, which is below 0.82 from size 2^14 on. Its whole part
-is then right or one too small, and one subtraction at most gives the exact remainder. Smaller sizes take `%`.
+Remainders are taken by multiplying with the reciprocal in float64, eight heads at once. With u = 2^-53, the five roundings
+(of x, of size, of 1 / size, of this lowered by 8u, of the product) change the quotient of x < 2^63 by a factor within
+1 ± 5.01u. Lowered, it is never too large, and too small by less than 2^63 / size * 13.1u, which is below 0.82 from size
+2^14 on. Its whole part is then right or one too small, and one subtraction at most gives the exact remainder. Smaller
+sizes take `%`, as do heads left over from eights.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ intrinsic: Any = extending.intrinsic  # its annotations speak of the generator, 
 kernel = njit(nogil=True, cache=True, error_model="numpy")  # "numpy": no division is checked for zero
 
 GRAIN = 4096  # positions a thread
-STRETCH = 12_288  # ids that are mixed together: 96 KiB
-BLOCK = 1024  # ids whose remainders are taken together, at least
+STRETCH = 256  # positions that are mixed together
+SMALLEST = 2**14  # size whose reciprocal will do
 DEAD = -1  # as in histories
 
 
@@ -37,17 +38,16 @@ class Constants(NamedTuple):
     eos: int  # DEAD if the window never resets
     vocab_size: int
     by_reciprocal: bool
-    sizes: np.ndarray  # [L * K], repeated for each position of a block; as are the next two
-    reciprocals: np.ndarray
-    offsets: np.ndarray
+    sizes: np.ndarray  # [L * K]
+    reciprocals: np.ndarray  # [L * K]
+    offsets: np.ndarray  # [L * K]
 
     @staticmethod
     def of(plan: Any) -> Constants:
         """Derive them from a HashPlan."""
         order_ending = np.full(plan.orders[-1], -1)
         order_ending[np.array(plan.orders) - 1] = np.arange(len(plan.orders))
-        repeats = max(1, BLOCK // plan.sizes.size)
-        sizes = np.tile(plan.sizes.ravel(), repeats)
+        sizes = plan.sizes.ravel()
         return Constants(
             multipliers=np.ascontiguousarray(plan.multipliers),
             order_ending=order_ending,
@@ -56,11 +56,16 @@ class Constants(NamedTuple):
             pad=plan.pad,
             eos=DEAD if plan.eos is None else plan.eos,
             vocab_size=plan.vocab_size,
-            by_reciprocal=bool(sizes.min() >= 2**14),
+            by_reciprocal=bool(sizes.min() >= SMALLEST),
             sizes=sizes,
-            reciprocals=1 / sizes * (1 - 2**-50),
-            offsets=np.tile(plan.offsets.ravel(), repeats),
+            reciprocals=lowered(sizes),
+            offsets=plan.offsets.ravel(),
         )
+
+
+def lowered(sizes: np.ndarray) -> np.ndarray:
+    """Reciprocals, a little too small."""
+    return 1 / sizes * (1 - 2**-50)
 
 
 def hash_ngrams(
@@ -87,25 +92,17 @@ def hash_positions(
     """Ids of the positions lo to hi of all B * T; a sequence's new history goes along with its last position."""
     length, past = canonical.shape[1], history.shape[1]
     width = len(multipliers) * orders * heads
-    stretch = 1 + STRETCH // width
-    tokens, owners = np.empty(past + stretch, np.int64), np.empty(past + stretch, np.int64)
-    work = np.empty((2 + len(multipliers), stretch), np.int64)
-    mixes = np.empty((len(multipliers) * orders, stretch), np.int64)
+    tokens, owners = np.empty(past + STRETCH, np.int64), np.empty(past + STRETCH, np.int64)
+    work = np.empty((2 + len(multipliers), STRETCH), np.int64)
+    mixes = np.empty((len(multipliers) * orders, STRETCH), np.int64)
     while lo < hi:
         row, first = divmod(lo, length)
-        count = min(stretch, length - first, hi - lo)
+        count = min(STRETCH, length - first, hi - lo)
         if any_outside(canonical[row, first : first + count], vocab_size):
             outside[0] = True
         look(canonical[row], segments[row], dead[row], history[row], first, tokens[: past + count], owners)
         mix(tokens, owners, multipliers, order_ending, pad, eos, count, work, mixes)
-        mine = ids[lo * width : (lo + count) * width]
-        spread(mixes, heads, mine)
-        for start in range(0, mine.size, sizes.size):
-            if by_reciprocal:
-                remainders(mine[start : start + sizes.size], sizes, reciprocals, offsets)
-            else:
-                for k in range(start, min(start + sizes.size, mine.size)):
-                    mine[k] = mine[k] % sizes[k - start] + offsets[k - start]
+        reduce(mixes, heads, by_reciprocal, sizes, reciprocals, offsets, ids[lo * width : (lo + count) * width])
         if first + count == length:
             after[row, :, 0] = tokens[count : count + past]
             after[row, :, 1] = owners[count : count + past]
@@ -162,39 +159,46 @@ def mix(tokens, owners, multipliers, order_ending, pad, eos, count, work, mixes)
 
 
 @kernel
-def spread(mixes, heads, ids):
-    """Give each mix [L * orders, count] to all heads: ids [count * L * orders * heads]."""
+def reduce(mixes, heads, by_reciprocal, sizes, reciprocals, offsets, ids):
+    """ids [count * L * orders * heads] = each mix [L * orders, count] % each size of its heads + offset."""
     columns, heads, k = np.uint64(len(mixes)), np.uint64(heads), np.uint64(0)  # unsigned: never counts from the end
+    eights = heads // np.uint64(8) if by_reciprocal else np.uint64(0)
     for j in range(np.uint64(ids.size) // (columns * heads)):
+        head = np.uint64(0)
         for column in range(columns):
-            value = mixes[column, j]
-            for _ in range(heads // np.uint64(8)):
-                fill_8(ids, k, value)
+            mixed = mixes[column, j]
+            for _ in range(eights):
+                reduce_8(mixed, sizes, reciprocals, offsets, head, ids, k)
+                head += np.uint64(8)
                 k += np.uint64(8)
-            for _ in range(heads % np.uint64(8)):
-                ids[k] = value
+            for _ in range(heads - np.uint64(8) * eights):
+                ids[k] = mixed % sizes[head] + offsets[head]
+                head += np.uint64(1)
                 k += np.uint64(1)
 
 
 @intrinsic
-def fill_8(typing, array, first, value):
-    """array[first : first + 8] = value, int64, in one store: a loop over so few would take eight."""
+def reduce_8(typing, mix, sizes, reciprocals, offsets, head, ids, k):
+    """ids[k : k + 8] = mix % sizes[head : head + 8] + offsets[head : head + 8], in eight lanes at once."""
 
     def generate(context, builder, signature, arguments):
-        eight, index = ir.VectorType(ir.IntType(64), 8), ir.IntType(32)
-        lanes = builder.insert_element(ir.Constant(eight, ir.Undefined), arguments[2], index(0))
-        lanes = builder.shuffle_vector(lanes, lanes, ir.Constant(ir.VectorType(index, 8), [0] * 8))
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), eight.as_pointer())
-        builder.store(lanes, place, align=8)
+        mix, _, _, _, head, _, k = arguments
+        int32, int64s, doubles = ir.IntType(32), ir.VectorType(ir.IntType(64), 8), ir.VectorType(ir.DoubleType(), 8)
+
+        def place(argument, index, kind):
+            data = context.make_array(signature.args[argument])(context, builder, arguments[argument]).data
+            return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
+
+        mixes = builder.insert_element(ir.Constant(int64s, ir.Undefined), mix, int32(0))
+        mixes = builder.shuffle_vector(mixes, mixes, ir.Constant(ir.VectorType(int32, 8), [0] * 8))
+        size = builder.load(place(1, head, int64s), align=8)
+        reciprocal = builder.load(place(2, head, doubles), align=8)
+        offset = builder.load(place(3, head, int64s), align=8)
+        quotient = builder.fptosi(builder.fmul(builder.sitofp(mixes, doubles), reciprocal), int64s)
+        rest = builder.sub(mixes, builder.mul(quotient, size))
+        less = builder.sub(rest, size)
+        rest = builder.select(builder.icmp_unsigned("<", rest, less), rest, less)
+        builder.store(builder.add(rest, offset), place(5, k, int64s), align=8)
         return context.get_dummy_value()
 
-    return types.void(array, first, value), generate
-
-
-@kernel
-def remainders(ids, sizes, reciprocals, offsets):
-    """ids % sizes + offsets, in place, for ids from 0 to 2^63 - 1 and sizes from 2^14 on."""
-    for k in range(ids.size):
-        rest = np.uint64(ids[k] - np.int64(np.float64(ids[k]) * reciprocals[k]) * sizes[k])
-        ids[k] = np.int64(min(rest, rest - np.uint64(sizes[k]))) + offsets[k]  # below zero is far above
+    return types.void(mix, sizes, reciprocals, offsets, head, ids, k), generate

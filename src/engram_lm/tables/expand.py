@@ -16,26 +16,32 @@ def expand(rows: Tensor, inverse: Tensor, dtype: torch.dtype = torch.float32) ->
 
     Gradients are summed in float32, in the order of the reads, whatever their type and the number of threads.
     """
-    if rows.device.type != "cpu" or torch.compiler.is_compiling() or not compiled():
+    ordinary = type(inverse) is Tensor and rows.device.type == "cpu" and rows.dtype == torch.float32
+    if not ordinary or torch.compiler.is_compiling() or not compiled():
         return F.embedding(inverse, rows).to(dtype)
-    return _Expand.apply(rows, inverse, dtype)
+    return _Expand.apply(rows, inverse.contiguous(), dtype)
 
 
 class _Expand(torch.autograd.Function):
     """F.embedding with a faster sum."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.rows = rows.shape
+    def forward(rows: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(inverse, rows.to(dtype))
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,), (count, dim) = ctx.saved_tensors, ctx.shape
+        grads, inverse = grad.float().reshape(-1, dim), inverse.view(-1)
+        if torch.is_grad_enabled():  # somebody wants the gradients' own
+            return grads.new_zeros(count, dim).index_add(0, inverse, grads), None, None
         from ..kernels.expand import sum_rows  # imports Numba
 
-        (inverse,) = ctx.saved_tensors
-        summed = torch.empty(ctx.rows)
-        flat = grad.to(summed.dtype).reshape(-1, summed.shape[1]).contiguous()
-        sum_rows(flat.detach().numpy(), inverse.reshape(-1).numpy(), summed.numpy())
+        summed = torch.empty(count, dim)
+        sum_rows(grads.contiguous().detach().numpy(), inverse.numpy(), summed.numpy())
         return summed, None, None
