@@ -6,7 +6,6 @@ pages, as their users' tables are.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def bench_gather(
     meter = Meter("gather", rounds)
     fbgemm = peers.FBGEMM.load(meter.left_out)
     size = int(gigabytes * 1e9)
-    block, ordinary = huge_pages(size), np.frombuffer(mmap.mmap(-1, size), np.uint8)
+    block, ordinary = huge_pages(size), torch.empty(size, dtype=torch.uint8).numpy()
     for memory in (AS_IT_COMES, KEPT):
         if memory == AS_IT_COMES and not hands_back():
             meter.left_out[memory] = "this process keeps freed memory already"

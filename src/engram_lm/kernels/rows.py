@@ -20,7 +20,7 @@ intrinsic: Any = extending.intrinsic  # its annotations speak of the generator, 
 kernel = njit(nogil=True, cache=True, error_model="numpy")  # "numpy": a division by zero gives infinity and vectorises
 
 AHEAD = 32  # rows between asking and using; twice as many gain nothing, and 8 lose a third
-FEW = 8192  # rows that are moved sooner than another thread has woken up
+FEW = 2048  # rows that are moved sooner than another thread has its share
 FP32, BF16, FP8, INT8 = range(4)
 CODE = {"fp32": FP32, "bf16": BF16, "fp8_e8m0": FP8, "int8": INT8}
 BLOCK = 32

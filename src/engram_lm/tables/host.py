@@ -62,7 +62,9 @@ class HostTable(StoredTable):
 
 def huge_pages(nbytes: int) -> np.ndarray:
     """Zeroed bytes [nbytes], in huge pages where the system gives them on request."""
-    block = mmap.mmap(-1, max(nbytes, 1))
+    block = mmap.mmap(
+        -1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # shared memory gets no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             block.madvise(mmap.MADV_HUGEPAGE)
