@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -87,8 +88,8 @@ def _team() -> Callable[[Callable[..., None], int], None]:
 def _torch_openmp() -> ctypes.CDLL | None:
     """The GNU OpenMP library that torch has loaded; None where it uses another one."""
     try:
-        loaded = {line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps", encoding="utf-8")}  # noqa: SIM115
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return None
-    ours = [path for path in loaded if "libgomp" in path and "torch" in path]
+    ours = [line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line and "torch" in line]
     return ctypes.CDLL(ours[0]) if ours else None

@@ -26,7 +26,7 @@ from .. import __version__
 from .. import config as configs
 from ..errors import CheckpointError, ConfigError, MismatchError, TrainingError
 from ..model.lm import LanguageModel, ModelConfig
-from ..model.lookup import Lookup, Upcoming
+from ..model.lookup import Leaf, Lookup, Upcoming
 from ..tables import TableConfig
 from . import checkpoint as checkpoints
 from .loader import Batch, LoaderState
@@ -160,9 +160,9 @@ class Training:
     def step(self) -> dict[str, float]:
         """One optimizer step, and the evaluation and checkpoint that are due after it; the step's metrics."""
         began = time.perf_counter()
-        batch, rows, loader_state = self._upcoming()
+        batch, leaf, loader_state = self._arrived()
         self.model.train()
-        loss, norm, multiple = self._update(batch, rows)
+        loss, norm, multiple = self._update(batch, leaf)
         self.loader_state = loader_state
         self.done_steps += 1
         at = {"step": self.done_steps, "tokens": self.done_steps * batch.tokens.numel()}
@@ -176,21 +176,21 @@ class Training:
             self.save()
         return {**at, **measured}
 
-    def _upcoming(self) -> Prepared:
-        """The batch that is due; while it computes, the one after it is prepared."""
+    def _arrived(self) -> tuple[Batch, Leaf | None, LoaderState]:
+        """The batch that is due and its rows; while it computes, the one after it is prepared."""
         due = self.ahead.result() if self.ahead else self._prepare(self.loader_state)
+        leaf = due.rows.leaf() if due.rows else None
         last = self.done_steps + 1 == self.config.steps
         self.ahead = None if last or not self.worker else self.worker.submit(self._prepare, due.after)
-        return due
+        return due.batch, leaf, due.after
 
     def _prepare(self, state: LoaderState) -> Prepared:
         """Load, address, and start to fetch the batch at `state`."""
         batch, after = self.batches.next(state)
         return Prepared(batch, self.lookup.upcoming(batch.tokens, batch.segments) if self.lookup else None, after)
 
-    def _update(self, batch: Batch, upcoming: Upcoming | None) -> tuple[float, float, float]:
+    def _update(self, batch: Batch, leaf: Leaf | None) -> tuple[float, float, float]:
         """Backward through the batch in `accumulate` parts, then update; loss (nats a token), gradient norm, lr multiple."""
-        leaf = upcoming.leaf() if upcoming else None
         batch = on(batch, self.device)
         count = (batch.targets >= 0).sum().clamp_min(1)
         total = torch.zeros((), device=self.device)
