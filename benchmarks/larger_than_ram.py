@@ -79,12 +79,12 @@ def arm(pipe, text, out, gigabytes, table, steps):
 
 
 def start(*arguments):
-    """A process that trains an arm, and the pipe to it."""
+    """A process that trains an arm, the pipe to it, and what it says when it is ready."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=arm, args=(there, *arguments))
+    process = multiprocessing.Process(target=arm, args=(there, *arguments), daemon=True)
     process.start()
     there.close()
-    return process, here
+    return process, here, here.recv()
 
 
 def fill(path, gigabytes, table, text):
@@ -120,8 +120,7 @@ def killed_and_resumed(options, text, out, table, kills):
     died = 0
     random.seed(0)
     while True:
-        process, pipe = start(text, out, options.gigabytes, table, options.steps)
-        pipe.recv()
+        process, pipe, _ = start(text, out, options.gigabytes, table, options.steps)
         pipe.send(options.steps)
         if died < kills and not pipe.poll(random.uniform(0.2, 0.8) * options.steps * 0.25 / kills):
             os.kill(process.pid, signal.SIGKILL)
@@ -156,12 +155,12 @@ def main():
         "disk": (options.gigabytes, TableConfig("disk", "fp8_e8m0", memory=options.memory)),
     }
     for name in tables:
-        (options.out / name).mkdir()
-    if options.fill:
+        (options.out / name).mkdir(exist_ok=True)
+    if options.fill and not (options.out / "disk" / "table.safetensors").exists():
         fill(options.out / "disk" / "table.safetensors", *tables["disk"], text)
 
     arms = {name: start(text, options.out / name, *placed, options.steps) for name, placed in tables.items()}
-    facts = {name: pipe.recv() for name, (_, pipe) in arms.items()}
+    facts = {name: ready for name, (_, _, ready) in arms.items()}
     turns = {name: [] for name in arms}
     with Progress(console=console) as progress:
         bar = progress.add_task("steps", total=options.steps)
@@ -170,7 +169,7 @@ def main():
                 arms[name][1].send(TURN)
                 turns[name].append(arms[name][1].recv())
             progress.update(bar, completed=done + TURN)
-    for process, pipe in arms.values():
+    for process, pipe, _ in arms.values():
         pipe.send(None)
         process.join()
 

@@ -164,7 +164,7 @@ def test_the_asynchronous_mode_may_miss_an_update_and_nothing_else():
     table = StoredTable(CachedStore(MemoryStore(60, form), 40), asynchronous=True)
     ids = torch.arange(10)
     fetch = table.prefetch(ids)
-    fetch.future.result()
+    fetch.staged.result()
     table.update(ids[:5], torch.ones(5, 3), 1.0)
     assert not fetch.rows().any()
     assert torch.equal(table.fetch(ids), torch.tensor([-1.0] * 5 + [0.0] * 5)[:, None].expand(10, 3))

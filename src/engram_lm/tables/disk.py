@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,8 @@ class FileStore(Store):
         self._mapped = _mapped(file) if reads == "map" else None
         self.journal = Journal(file, self.reader)
         self._steady = threading.Lock()  # nothing that was located moves while this is held
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="engram-journal")
+        self._appending: Future[None] | None = None
         self._blank = self._blank_blocks()
         self._buffer = np.empty((0, self.form.stride), np.uint8)
 
@@ -80,16 +83,29 @@ class FileStore(Store):
         return Staged(ids, records)
 
     def changed(self, ids: np.ndarray, held: Held) -> None:
-        """Append them to the journal."""
-        in_order = np.array_equal(held.slots, np.arange(len(ids)))
-        self.journal.append(ids, held.records[: len(ids)] if in_order else _gather(held.records, held.slots))
+        """Append them to the journal, on a thread of its own; what goes wrong there is raised by all calls until `load`."""
+        self._appended()
+        records = _gather(held.records, held.slots)  # a copy: what is held may change before it is written
+        self._appending = self._writer.submit(self.journal.append, ids.copy(), records)
+
+    def _appended(self) -> None:
+        """Wait until the journal has everything."""
+        if (appending := self._appending) is not None:
+            appending.result()
 
     def save(self, directory: Path, clock: int, digest: str) -> None:
         """Commit the journal, in place: the table file stays where it is."""
+        self._appended()
         self.journal.commit(clock)
 
     def load(self, directory: Path, clock: int, digest: str) -> None:
         """Roll the journal back."""
+        self._rollback(clock)
+
+    def _rollback(self, clock: int | None) -> None:
+        if self._appending is not None:
+            wait([self._appending])  # whatever became of it
+        self._appending = None
         with self._steady:
             self.journal.rollback(clock)
 
@@ -103,12 +119,12 @@ class FileStore(Store):
                 f"{self.journal.path} holds updates of an earlier run, up to clock {self.clock}: this run would have started "
                 "from them. Go on with that run, or apply its journal to the table file first."
             )
-        with self._steady:
-            self.journal.rollback(None)
+        self._rollback(None)
         return self.clock
 
     def settle(self, clock: int) -> None:
         """Apply the commits up to `clock` once the journal is larger than `journal_limit`."""
+        self._appended()
         if self.journal.nbytes > self.journal_limit:
             self._apply(clock)
 
@@ -118,6 +134,7 @@ class FileStore(Store):
 
     def close(self) -> None:
         """Close the file, its journal and the reader. What no commit followed is lost."""
+        self._writer.shutdown()
         with self._steady:
             self._mapped = None
             self.reader.close()
@@ -125,6 +142,7 @@ class FileStore(Store):
             self.file.close()
 
     def _apply(self, clock: int) -> None:
+        self._appended()
         with self._steady:
             self.journal.drop(clock)
             self._blank = self._blank_blocks()
@@ -135,6 +153,7 @@ class FileStore(Store):
 
     def _read(self, ids: np.ndarray, out: np.ndarray) -> None:
         """Records [n, stride] of ids [n] into `out`."""
+        self._appended()
         newer = self.journal.locate(ids)
         in_journal, blank = newer >= 0, self._blank[ids // self.file.block_rows]
         in_file = ~(in_journal | blank)

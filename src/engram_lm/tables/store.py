@@ -34,7 +34,9 @@ class Staged(NamedTuple):
 
     def without(self, stale: np.ndarray) -> Staged:
         """What remains when the ids `stale` (ascending) are dropped."""
-        fresh = ~np.isin(self.ids, stale, assume_unique=True)
+        if len(stale) == 0:
+            return self
+        fresh = stale[np.searchsorted(stale, self.ids).clip(max=len(stale) - 1)] != self.ids
         return self if fresh.all() else Staged(self.ids[fresh], self.records[fresh])
 
 

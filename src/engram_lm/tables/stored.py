@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from . import rows as truth
 from .base import Fetch, Table
 from .dedup import deduplicate
-from .store import Held, Store
+from .store import Held, Staged, Store
 
 
 class StoredTable(Table):
@@ -149,43 +149,54 @@ class StoredTable(Table):
 
 
 class Travelling(Fetch):
-    """Rows [..., d] that are being read on the table's own thread."""
+    """Rows [..., d] that are being read on the table's own thread.
+
+    What is read ahead are the records that were not in memory. On a CPU they are decoded when the rows are taken, from
+    wherever the newest version is by then. For a GPU (and if asynchronous) rows are decoded and sent ahead as well.
+    """
 
     def __init__(self, table: StoredTable, ids: Tensor) -> None:
         self.table, self.shape = table, ids.shape
+        self.early = table.stream is not None or table.asynchronous
         flat = table.check(ids.cpu())
         self.inverse: Tensor | None = None  # of ids that are distinct and ascending already, as those of a batch are
         if not bool((flat[1:] > flat[:-1]).all()):
             flat, self.inverse = deduplicate(flat)
         self.ids = flat.numpy()
-        self.stale: list[np.ndarray] = []  # ids that were updated since the rows were read
+        self.stale: list[np.ndarray] = []  # ids that were updated since they were read
         with table.lock:
             table.travelling.add(self)
-        self.future: Future[Tensor] = table.worker.submit(self._read)
+        self.staged: Future[Staged | Tensor] = table.worker.submit(self._ahead)
 
-    def _read(self) -> Tensor:
+    def _ahead(self) -> Staged | Tensor:
         staged = self.table.store.stage(self.ids)
+        if not self.early:
+            return staged
         with self.table.lock:
-            held = self.table.store.hold(self.ids, staged.without(self._updated()))
+            rows = self._decode(staged)
             self.stale.clear()
-            rows = self.table.gather(held, self.ids)
-        return rows if self.table.stream is None else self.table.deliver(rows)
+        return self.table.deliver(rows)
 
     def rows(self) -> Tensor:
         """Wait, and read again what was updated meanwhile."""
-        table = self.table
-        rows = self.future.result()
+        table, ahead = self.table, self.staged.result()
         with table.lock:
             table.travelling.discard(self)
-            if self.stale and not table.asynchronous:
+            rows = ahead if isinstance(ahead, Tensor) else self._decode(ahead)
+            if self.early and self.stale and not table.asynchronous:
                 again = np.flatnonzero(np.isin(self.ids, self._updated(), assume_unique=True))
-                rows[torch.from_numpy(again)] = table.deliver(table.read(self.ids[again]))
+                there = torch.from_numpy(again).to(rows.device)
+                rows.index_copy_(0, there, table.deliver(table.read(self.ids[again])))
         if self.inverse is not None:
             rows = rows.index_select(0, self.inverse.to(rows.device))
         return rows.view(*self.shape, table.dim)
 
+    def _decode(self, staged: Staged) -> Tensor:
+        """Rows [U, d] as they are now."""
+        return self.table.gather(self.table.store.hold(self.ids, staged.without(self._updated())), self.ids)
+
     def _updated(self) -> np.ndarray:
-        return np.unique(np.concatenate(self.stale)) if self.stale else np.empty(0, np.int64)
+        return np.sort(np.concatenate(self.stale)) if self.stale else np.empty(0, np.int64)
 
 
 def _update(form: truth.RowFormat, held: Held, ids: np.ndarray, grads: np.ndarray, lr: float, clock: int) -> None:
