@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engram_lm import kernels
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hashing import HashConfig
 from engram_lm.model.lookup import Lookup, build_plan
-from engram_lm.tables import DeviceTable, DiskTable, HostTable, RowFormat, Table, TableConfig, build_table
+from engram_lm.tables import DeviceTable, DiskTable, HostTable, RowFormat, Table, TableConfig, build_table, stored
 from engram_lm.tables.cached import CachedStore
 from engram_lm.tables.file import TableFile
 from engram_lm.tables.host import MemoryStore
@@ -55,6 +55,12 @@ def tier(request, monkeypatch) -> str:
     if request.param == "host without kernels":
         monkeypatch.setattr(kernels, "compiled", lambda: False)
     return request.param
+
+
+@pytest.fixture(autouse=True, params=[0, 512], ids=["on a thread", "by advice"])
+def few(request, monkeypatch) -> None:
+    """The tables here are small: without this, every prefetch would be one of a few rows."""
+    monkeypatch.setattr(stored, "FEW", request.param)
 
 
 def batch(number: int, size: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +143,7 @@ def test_ids_outside_the_table(tier, wrong, tmp_path):
     table.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from("pruw"), st.integers(0, 9)), max_size=25), st.integers(1, 50))
 def test_prefetch_is_exact_whatever_happens_meanwhile(actions, slots):
     form = RowFormat(3)

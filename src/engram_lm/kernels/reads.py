@@ -66,6 +66,12 @@ class Reader:
         else:
             read_rows(descriptor, offsets, out, self.depth)
 
+    def advise(self, descriptor: int, offsets: np.ndarray, size: int) -> None:
+        """Begin to read `size` bytes at each offset into the page cache, where the system takes advice; for a few of them."""
+        if self._threads is None:
+            for offset in offsets.tolist():
+                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         """End the threads, where there are any."""
         if self._threads is not None:

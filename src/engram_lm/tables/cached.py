@@ -109,6 +109,13 @@ class CachedStore(Store):
             slots = self._where.get(ids)
         return self.inner.stage(ids[slots < 0])
 
+    def advise(self, ids: np.ndarray) -> None:
+        """What is missing will be read."""
+        with self._looking:
+            slots = self._where.get(ids)
+        if (missing := ids[slots < 0]).size:
+            self.inner.advise(missing)
+
     def changed(self, ids: np.ndarray, held: Held) -> None:
         """Write through. Rows are held once to be read and again to be altered: that counts as one use."""
         slots = held.slots

@@ -82,6 +82,14 @@ class FileStore(Store):
             self._read(ids, records)
         return Staged(ids, records)
 
+    def advise(self, ids: np.ndarray) -> None:
+        """Advise the system to read records, wherever they are."""
+        with self._steady:
+            newer = self.journal.locate(ids)
+            in_file = (newer < 0) & ~self._blank[ids // self.file.block_rows]
+            self.reader.advise(self.journal.descriptor, newer[newer >= 0], self.form.stride)
+            self.reader.advise(self.file.descriptor, self.file.offsets(ids[in_file]), self.form.stride)
+
     def changed(self, ids: np.ndarray, held: Held) -> None:
         """Append them to the journal, on a thread of its own; what goes wrong there is raised by all calls until `load`."""
         self._appended()

@@ -66,6 +66,9 @@ class Store(ABC):
         """The slow part of `hold`: read what is not in memory. May run on a thread of its own beside the others."""
         return Staged(ids[:0], np.empty((0, self.form.stride), np.uint8))
 
+    def advise(self, ids: np.ndarray) -> None:  # noqa: B027  (records in RAM need no advice)
+        """These few rows will be held soon: let the system begin to read what is not in memory, and return at once."""
+
     def changed(self, ids: np.ndarray, held: Held) -> None:  # noqa: B027  (records in RAM are where they belong)
         """Keep the records of `ids`, which were altered where they are held."""
 

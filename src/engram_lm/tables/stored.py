@@ -22,6 +22,8 @@ from .base import Fetch, Table
 from .dedup import deduplicate
 from .store import Held, Staged, Store
 
+FEW = 512  # rows
+
 
 class StoredTable(Table):
     """Rows wherever `store` has them, delivered to `device`.
@@ -54,9 +56,14 @@ class StoredTable(Table):
         return self.deliver(rows).view(*ids.shape, self.dim)
 
     def prefetch(self, ids: Tensor) -> Fetch:
-        """Start reading on another thread, and copying to the device on another stream."""
-        if self.store.in_memory and self.stream is None:
-            return super().prefetch(ids)
+        """Start reading on another thread, and copying to the device on another stream.
+
+        For the few rows of a decoding step the system is asked to read ahead instead: waking a thread would take longer.
+        """
+        if self.stream is None and (self.store.in_memory or (ids.numel() <= FEW and not self.asynchronous)):
+            later = super().prefetch(ids)
+            self.store.advise(ids.reshape(-1).cpu().numpy())
+            return later
         return Travelling(self, ids)
 
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
