@@ -159,6 +159,20 @@ def test_verify_reads_the_journal(path):
 # --- convert --------------------------------------------------------------------------------------------------------
 
 
+def test_compact_leaves_one_file(path):
+    form = RowFormat(DIM, "bf16")
+    records = make(path, form)
+    records[[3, 250, 999]] = 7
+    changed_in_journal(path, [3, 250, 999], records[[3, 250, 999]])
+    code, said = run("compact", path)
+    assert code == 0
+    assert "journal         none" in said
+    assert not path.with_name(path.name + ".journal").exists()
+    with TableFile.open(path) as file:
+        np.testing.assert_array_equal(file.read(0, ROWS), records)
+        assert file.verify() == []
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("source", ENCODINGS)
 def test_convert_rounds_to_the_nearest(path, target, source, encoding):

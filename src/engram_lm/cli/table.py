@@ -168,8 +168,9 @@ class Compact:
             f"Applying {store.journal.nbytes / 1e9:.2f} GB of updates, up to clock {store.clock}", soft_wrap=True
         )
         store.compact()
-        console.print(description(store.file))
         store.close()
+        with TableFile.open(self.path) as file:
+            console.print(description(file))
         return 0
 
 
