@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..kernels.reads import Reader
 from ..tables import rows as truth
 from ..tables.disk import FileStore
 from ..tables.file import FORMAT, PIECE, TableFile
-from ..tables.journal import Journal
+from ..tables.journal import Journal, journal_path
 from ..tables.rows import BLOCK, Encoding, RowFormat
 
 Rows = tuple[np.ndarray, np.ndarray]  # ids [n] int64, ascending, and their records [n, stride] uint8
@@ -163,14 +163,11 @@ class Compact:
 
     def run(self, console: Console) -> int:
         """Apply, print."""
-        store = FileStore(TableFile.open(self.path, write=True))
-        console.print(
-            f"Applying {store.journal.nbytes / 1e9:.2f} GB of updates, up to clock {store.clock}", soft_wrap=True
-        )
-        store.compact()
-        store.close()
+        with closing(FileStore(TableFile.open(self.path, write=True))) as store:
+            _say(console, f"Applying {store.journal.nbytes / 1e9:.2f} GB of updates, up to clock {store.clock}")
+            store.compact()
         with TableFile.open(self.path) as file:
-            console.print(description(file))
+            _say(console, description(file))
         return 0
 
 
@@ -462,11 +459,6 @@ def sizes_of(preset: str, tokenizer: str) -> tuple[int, int, str]:
         memory.hash, vocab_size=memory.hash.pad_id + 1, pad=memory.hash.pad_id
     )  # sizes know no vocabulary
     return plan.num_rows, memory.engram.row_dim, ""
-
-
-def journal_path(file: TableFile) -> Path:
-    """Where the journal of a table file is, if it has one."""
-    return Path(f"{file.path}.journal")
 
 
 def _is_table(path: Path) -> bool:

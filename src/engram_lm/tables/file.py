@@ -330,11 +330,7 @@ class TableFile:
         try:
             os.fsync(self.descriptor)
             self.path.rename(self._target)
-            directory = os.open(self._target.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            sync(self._target.parent)
         except OSError as error:
             raise CheckpointError(f"{self._target}: cannot be written ({error.strerror}).") from None
         self.path, self._target = self._target, None
@@ -656,3 +652,12 @@ def _holder(descriptor: int) -> str:
                 case [_, "FLOCK", _, kind, process, place, *_] if place == file:
                     return f"process {process}, which {'writes to it' if kind == 'WRITE' else 'reads it'}"
     return "another process"
+
+
+def sync(path: Path) -> None:
+    """Make a file or directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

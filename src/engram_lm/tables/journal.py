@@ -32,7 +32,7 @@ import numpy as np
 from ..errors import CheckpointError, DataError, MismatchError
 from ..kernels.index import IdMap
 from ..kernels.reads import Reader
-from .file import TableFile
+from .file import TableFile, sync
 
 MAGIC = b"engram-j"
 HEAD = Struct("<8s I q 32s 8x I")  # magic, generation, clock of the table file, its identity, CRC-32 of all this
@@ -40,6 +40,11 @@ MARK = Struct("<8s I I q I I")  # magic, kind, generation, rows or clock, CRC-32
 UNIT = 2 * MARK.size  # a mark lies there twice, lest a flipped bit in the last commit's makes it a torn tail
 ROWS, COMMIT, APPLY, VOID = 1, 2, 3, 4
 PORTION = 1 << 24  # bytes in memory at a time where a journal is read or copied as a whole
+
+
+def journal_path(table: TableFile) -> Path:
+    """Where the journal of a table file is, if it has one."""
+    return Path(f"{table.path}.journal")
 
 
 class Mark(NamedTuple):
@@ -68,7 +73,7 @@ class Journal:
     """
 
     def __init__(self, table: TableFile, reader: Reader) -> None:
-        self.path = Path(f"{table.path}.journal")
+        self.path = journal_path(table)
         self.lock = threading.Lock()  # of the index
         self._table, self._reader = table, reader
         self.descriptor, self._generation, self._index = -1, 0, IdMap()
@@ -300,11 +305,7 @@ class Journal:
             self.descriptor, self._index = descriptor, index
         self.commits = {base: HEAD.size} | {clock: at - shift for clock, at in self.commits.items() if at > cut}
         self._generation, self._end, self._applying = self._generation + 1, end, -1
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(self.path.parent)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
