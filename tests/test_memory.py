@@ -94,6 +94,15 @@ def test_state_is_a_value_that_beams_can_index():
     torch.testing.assert_close(swapped, straight.flip(0))
 
 
+def test_a_shortened_state_rolls_back():
+    module, hidden, rows = example("paper", length=15)
+    _, state = module(hidden[:, :12], rows[:, :12], with_state=True)
+    rolled = ConvState(*(part[:, :7] for part in state))
+    whole, _ = module(hidden, rows)
+    again, _ = module(hidden[:, 7:], rows[:, 7:], rolled)
+    torch.testing.assert_close(again, whole[:, 7:])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_of_zero_change_nothing_but_can_learn(layout):
     config = replace(LAYOUTS[layout], row_dim=4)

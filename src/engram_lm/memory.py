@@ -71,10 +71,13 @@ class EngramConfig:
 
 
 class ConvState(NamedTuple):
-    """What the short convolution remembers between chunks: a value, batch first, to be indexed for beams."""
+    """What the short convolution remembers of S positions: a value, batch first, to be indexed for beams.
 
-    inputs: Tensor  # [B, tail, M, D] normalised inputs of the last positions
-    segments: Tensor  # [B, tail] int64, the documents they belong to
+    Dropping the last positions rolls it back; `EngramConfig.tail` of them are enough to go on.
+    """
+
+    inputs: Tensor  # [B, S, M, D] normalised inputs
+    segments: Tensor  # [B, S] int64, the documents they belong to
 
 
 class Inputs(NamedTuple):
@@ -197,32 +200,34 @@ class Engram(nn.Module):
         self, x: Tensor, taps: Tensor, state: ConvState | None, segments: Tensor | None, with_state: bool
     ) -> tuple[Tensor, ConvState | None]:
         """SiLU of the depthwise causal convolution; [B, T, M, D] -> [B, T, M, D]."""
-        length, tail = x.shape[1], self.config.tail
+        batch, length = x.shape[:2]
         normed = F.rms_norm(x, (self.dim,), eps=self.config.conv_norm_eps)
         if state is None:
-            past = F.pad(normed, (0, 0, 0, 0, tail, 0))
-            documents = None if segments is None else F.pad(segments.long(), (tail, 0))
+            inputs, documents = normed, None if segments is None else segments.long()
         else:
-            past = torch.cat([state.inputs, normed], dim=1)
-            if segments is None:
+            if segments is None:  # the last document goes on
                 segments = state.segments[:, -1:].expand(-1, length)
+            inputs = torch.cat([state.inputs, normed], dim=1)
             documents = torch.cat([state.segments, segments.long()], dim=1)
 
+        tail = self.config.tail
+        first_seen = inputs.shape[1] - length - tail
+        missing = max(0, -first_seen)  # before the first position there are zeros
+        past = F.pad(inputs[:, max(0, first_seen) :], (0, 0, 0, 0, missing, 0))  # [B, tail + T, M, D]
+        known = None if documents is None else F.pad(documents[:, max(0, first_seen) :], (missing, 0))
         total = past[:, tail:] * taps[-1]
         for tap in range(self.config.conv_kernel - 1):
             first = tap * self.config.conv_dilation
             shifted = past[:, first : first + length]
-            if documents is not None:
-                same = documents[:, first : first + length] == documents[:, tail:]
-                shifted = shifted * same[:, :, None, None]
+            if known is not None:
+                shifted = shifted * (known[:, first : first + length] == known[:, tail:])[:, :, None, None]
             total = torch.addcmul(total, shifted, taps[tap])
 
         if state is None and not with_state:
             return F.silu(total), None
         if documents is None:
-            documents = torch.zeros(past.shape[:2], dtype=torch.int64, device=past.device)
-        last = past.shape[1] - tail  # not [-tail:], which is everything when there is no tail
-        return F.silu(total), ConvState(past[:, last:].detach(), documents[:, last:])
+            documents = torch.zeros(batch, length, dtype=torch.int64, device=x.device)
+        return F.silu(total), ConvState(inputs.detach(), documents)
 
 
 def _kernels_take(hidden: Tensor) -> bool:
