@@ -29,6 +29,15 @@ CSS = {
     CONTROL: f"var(--control, {CONTROL})",
     ENGRAM: f"var(--engram, {ENGRAM})",
 }
+RETROFIT: dict[str, tuple[str, Any]] = {  # colour and dashes of each arm of a retrofit
+    "engram": (ENGRAM, "solid"),
+    "lora": (BASE, (0, (5, 2))),
+    "engram+lora": ("#cc79a7", "solid"),
+    "full": ("#009e73", (0, (5, 2))),
+    "capacity_1": (CONTROL, (0, (1.5, 1.5))),
+    "bias": (CONTROL, (0, (5, 1.5, 1.5, 1.5))),
+    "frozen_random": (CONTROL, (0, (5, 2))),
+}
 DASHES: dict[str, Any] = {BASE: (0, (5, 2)), CONTROL: (0, (1.5, 1.5)), ENGRAM: "solid"}
 RC: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -74,6 +83,24 @@ def loss_curves(act: LanguageAct) -> str:
         _label_ends(axes, ends, [arm.name for arm in act.arms], colours)
 
     return _svg("loss_curves", "Training and validation loss of each arm against training tokens", draw)
+
+
+def retrofit_curves(curves: dict[str, Curve]) -> str:
+    """Held-out loss against training tokens, a line an arm in `RETROFIT`'s colours. Raises MissingExtraError likewise."""
+
+    def draw(axes: Axes) -> None:
+        for name, curve in curves.items():
+            colour, dashes = RETROFIT[name]
+            axes.plot(*np.transpose(curve), color=colour, linestyle=dashes, linewidth=1.6, marker="o", markersize=2.5)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel("held-out loss, nats a token")
+        axes.locator_params(axis="x", nbins=6)
+        axes.xaxis.set_major_formatter(lambda tokens, _: _tokens(tokens))
+        names = list(curves)
+        _label_ends(axes, [curves[name][-1] for name in names], names, [RETROFIT[name][0] for name in names])
+
+    return _svg("retrofit_curves", "Held-out loss of each arm against training tokens", draw)
 
 
 def recall_curves(act: FactsAct) -> str:

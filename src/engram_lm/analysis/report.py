@@ -6,17 +6,13 @@ and on a phone. Every text that comes from a run is escaped: a sample or a snipp
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from .. import config
 from . import plots, verdict
 from .gates import GateToken, GateView
+from .markup import Row, asset, figure, fill, script_hash, table, text
 from .record import (
     Arm,
     AttributeRecall,
@@ -48,8 +44,6 @@ __all__ = [
     "write_report",
 ]
 
-# Characters without a picture of their own get the Unicode one, so that nothing in a text is invisible.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 ARM_CLASSES = ("base", "control", "engram")  # in page/style.css
 
 
@@ -64,19 +58,18 @@ def write_report(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page as text; equal reports give equal pages."""
-    act, script = report.language, _asset("script.js")
-    digest = base64.b64encode(hashlib.sha256(f"\n{script}\n".encode()).digest()).decode()
-    return _fill(
+    act, script = report.language, asset("script.js")
+    return fill(
         "report.html",
         title=text(report.title),
-        script_hash=f"sha256-{digest}",
-        style=_asset("style.css"),
+        script_hash=script_hash(script),
+        style=asset("style.css"),
         script=script,
         headline=_headline(report),
         data=text(act.data),
         arms=_arms(act.arms),
         language="".join(f"<p>{text(paragraph)}</p>" for paragraph in verdict.language(act)),
-        loss_figure=_figure(lambda: plots.loss_curves(act)),
+        loss_figure=figure(lambda: plots.loss_curves(act)),
         language_table=_language_table(act),
         gates=_gates(act.gates) if act.gates else "",
         sample=_sample(act.sample) if act.sample else "",
@@ -84,28 +77,6 @@ def render(report: Report) -> str:
         run=_run(report.run),
         next_steps=_next_steps(report.next_steps) if report.next_steps else "",
     )
-
-
-def text(value: str) -> str:
-    """Untrusted text as HTML: escaped, control characters shown by their pictures."""
-    return html.escape(value.translate(CONTROLS))
-
-
-def _asset(name: str) -> str:
-    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8").strip()
-
-
-def _fill(name: str, **values: str) -> str:
-    """A part of the page with its `$names` filled in by HTML."""
-    return Template(_asset(name)).substitute(values)
-
-
-def _figure(draw: Callable[[], str]) -> str:
-    """The figure, or a note in its place that says how to get it."""
-    try:
-        return draw()
-    except plots.MissingExtraError as error:
-        return f'<p class="missing">{text(str(error))}</p>'
 
 
 def _headline(report: Report) -> str:
@@ -126,23 +97,6 @@ def _arms(arms: Sequence[Arm]) -> str:
         f'<dt class="{kind}">{text(arm.name)}</dt><dd>{text(arm.description)}</dd>'
         for kind, arm in zip(ARM_CLASSES, arms, strict=True)
     )
-
-
-Row = tuple[str, Sequence[str]]  # a label and a cell for each column
-
-
-def _table(names: Sequence[str], classes: Sequence[str], groups: Sequence[Sequence[Row]]) -> str:
-    """A table with a column for each arm; groups of rows are set off by rules."""
-    head = "".join(
-        f'<th scope="col" class="{kind}">{text(name)}</th>' for kind, name in zip(classes, names, strict=True)
-    )
-    bodies = "".join(f"<tbody>{''.join(map(_row, group))}</tbody>" for group in groups)
-    return f"<table><thead><tr><td></td>{head}</tr></thead>{bodies}</table>"
-
-
-def _row(row: Row) -> str:
-    label, cells = row
-    return f'<tr><th scope="row">{text(label)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in cells)}</tr>'
 
 
 def _language_table(act: LanguageAct) -> str:
@@ -168,14 +122,14 @@ def _language_table(act: LanguageAct) -> str:
         row("training tokens a second", lambda arm: f"{arm.tokens_per_second:,.0f}"),
         row(f"step time, {act.base.name} = 1", lambda arm: f"{arm.step_ratio:.2f}"),
     ]
-    return _table([arm.name for arm in act.arms], ARM_CLASSES, [quality, size, cost])
+    return table([arm.name for arm in act.arms], ARM_CLASSES, [quality, size, cost])
 
 
 def _gates(view: GateView) -> str:
     """The coloured tokens: one scale over all layers and streams, one of them chosen to be shown."""
     gates = [gate for token in view.tokens for layer in token.gates for gate in layer]
     low, high = min(gates, default=0.0), max(gates, default=1.0)
-    return _fill(
+    return fill(
         "gates.html",
         source=text(view.source),
         low=f"{low:.2f}",
@@ -235,7 +189,7 @@ def _one_line(value: str) -> str:
 
 
 def _sample(sample: Sample) -> str:
-    return _fill(
+    return fill(
         "sample.html",
         settings=text(sample.settings),
         prompt=text(sample.prompt),
@@ -245,12 +199,12 @@ def _sample(sample: Sample) -> str:
 
 def _facts(act: FactsAct) -> str:
     attributes = [row.attribute for row in act.base.by_attribute]
-    return _fill(
+    return fill(
         "facts.html",
         people=f"{act.people:,}",
         attributes=text(", ".join(f"a {attribute}" for attribute in attributes)),
         verdict=text(verdict.facts(act)),
-        figure=_figure(lambda: plots.recall_curves(act)),
+        figure=figure(lambda: plots.recall_curves(act)),
         table=_facts_table(act),
         examples=_examples(act) if act.examples else "",
     )
@@ -279,7 +233,7 @@ def _facts_table(act: FactsAct) -> str:
         ("parameters", [quantity(arm.parameters) for arm in arms]),
         ("of them in the table", [quantity(arm.table_parameters) for arm in arms]),
     ]
-    return _table([arm.name for arm in arms], ("base", "engram"), [recall, by_attribute, size])
+    return table([arm.name for arm in arms], ("base", "engram"), [recall, by_attribute, size])
 
 
 def _examples(act: FactsAct) -> str:
@@ -294,7 +248,7 @@ def _examples(act: FactsAct) -> str:
         f"{cell(e.base_answer, e.answer)}{cell(e.engram_answer, e.answer)}</tr>"
         for e in act.examples
     )
-    return _fill("examples.html", base=text(act.base.name), engram=text(act.engram.name), rows=rows)
+    return fill("examples.html", base=text(act.base.name), engram=text(act.engram.name), rows=rows)
 
 
 def _run(run: RunInfo) -> str:

@@ -17,12 +17,14 @@ from tyro import MISSING_NONPROP
 from tyro.conf import AvoidSubcommands, Positional, arg, subcommand
 
 from .. import config as configs
-from ..errors import DataError, EngramError
+from ..errors import ConfigError, DataError, EngramError
 from ..model.presets import PRESETS, get_preset
 from ..tables import TableConfig
 from ..train.allocator import keep_freed_memory
 from ..train.loop import TrainConfig
 from .bench import Bench
+from .cartridge import Cartridge
+from .retrofit import Retrofit
 from .table import Table
 
 DESCRIPTION = """engram-lm: conditional memory for language models.
@@ -31,8 +33,11 @@ DESCRIPTION = """engram-lm: conditional memory for language models.
   engram-lm train tiny --data texts/        train a model with a memory on your own text
   engram-lm eval runs/train                 its loss on held-out text, with the uncertainty
   engram-lm generate runs/train             let it write
+  engram-lm export runs/train hf/           hand it to transformers: AutoModelForCausalLM, generate, Trainer
+  engram-lm retrofit --model M --data texts/ --out run/  a memory for a pretrained model, beside controls
+  engram-lm cartridge inspect|verify|push                trained memories that are mounted on their model
   engram-lm count engram-27b                parameters, FLOPs and bytes of a preset
-  engram-lm table create|inspect|verify|convert|stats    table files
+  engram-lm table create|inspect|verify|convert|compact|stats|import|export    table files, released layouts
   engram-lm bench hash|gather|update|step|decode         what things cost here, beside what others' cost
 
 `engram-lm COMMAND --help` explains a command."""
@@ -219,6 +224,29 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a trained model as a directory of `transformers`: engram-lm export runs/train hf/
+
+    Then, after `import engram_lm.hf.modeling`, AutoModelForCausalLM.from_pretrained("hf/") loads it.
+    """
+
+    directory: Positional[Path]
+    """Run directory."""
+    out: Positional[Path]
+    """Directory to write."""
+
+    def run(self, console: Console) -> int:
+        """Load, write, print."""
+        try:
+            from ..hf.modeling import export_run
+        except ImportError as error:
+            raise ConfigError(f"export needs transformers ({error}): pip install 'engram-lm[hf]'") from None
+
+        console.print(f"Wrote {export_run(self.directory, self.out)}", soft_wrap=True)
+        return 0
+
+
+@dataclass(frozen=True)
 class Count:
     """Count a model on paper (no weights are made): parameters, FLOPs a token, table bytes read a token."""
 
@@ -249,7 +277,7 @@ def load_config(name: str) -> TrainConfig:
     return TrainConfig(model=get_preset(name))
 
 
-def parse(arguments: Sequence[str]) -> Quickstart | Train | Evaluate | Generate | Count:
+def parse(arguments: Sequence[str]) -> Any:
     """The command and its options.
 
     `train` takes a preset or a file first, which becomes the default that dotted options override; with --resume and
@@ -273,6 +301,9 @@ def parse(arguments: Sequence[str]) -> Quickstart | Train | Evaluate | Generate 
         "train": Train,
         "eval": Evaluate,
         "generate": Generate,
+        "export": Export,
+        "retrofit": Retrofit,
+        "cartridge": Cartridge,
         "count": Count,
         "table": Table,
         "bench": Bench,

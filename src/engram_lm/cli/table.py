@@ -1,33 +1,32 @@
-"""`engram-lm table`: make table files, look into them, check them, convert them; block by block, whatever their size."""
+"""`engram-lm table`: make table files, look into them, check them, convert, import and export them; whatever their size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Union
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
 from tyro.conf import Positional, arg, subcommand
 
-from ..errors import ConfigError, DataError
-from ..kernels import compiled
-from ..kernels.reads import Reader
-from ..tables import rows as truth
+from ..errors import CheckpointError, ConfigError, DataError, MismatchError
+from ..hf.layouts import Layout, LayoutName, layout_of_model, layout_of_table, read_config
+from ..hf.shards import Shards
+from ..hf.stream import export_table, import_table, import_weights
 from ..tables.disk import FileStore
-from ..tables.file import FORMAT, PIECE, TableFile
-from ..tables.journal import Journal, journal_path
-from ..tables.rows import BLOCK, Encoding, RowFormat
-
-Rows = tuple[np.ndarray, np.ndarray]  # ids [n] int64, ascending, and their records [n, stride] uint8
-PLAIN: dict[str, Encoding] = {"F32": "fp32", "F16": "fp32", "BF16": "bf16", "F8_E4M3": "fp8_e8m0"}
+from ..tables.file import FORMAT, TableFile
+from ..tables.journal import journal_path
+from ..tables.records import Newest, Plain, convert, decoded, ever_written
+from ..tables.rows import Encoding, RowFormat
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,125 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Import:
+    """Make a table file of the memory of a released model, bit for bit: DeepSeek-V4.1-Flash or Qwen3.8-Flash-Next.
+
+    The release keeps no hash; it follows from config.json (and V4.1's tokenizer), and is compared with all that the config
+    says besides: a wrong one would read the wrong row at every token. Of the shards only those with the memory need be
+    there (V4.1: 47 and 48). Rows are read a piece at a time and never mapped; OUT appears when it is complete, with a
+    checksum a block, as large as the rows of the release: V4.1's 203 GB. Then: engram-lm table verify OUT
+    """
+
+    source: Annotated[tuple[Path, ...], arg(name="from")]
+    """The model's directory (config.json, model.safetensors.index.json or safetensors files), or safetensors files with a
+    config.json beside them."""
+    out: Path
+    """Table file to make."""
+    layout: LayoutName | None = None
+    """Default: told by config.json."""
+    tokenizer: str = ""
+    """tokenizer.json, a directory that holds one, or a hub name. V4.1 hashes words as its tokenizer folds them. Default: the
+    tokenizer.json in the model's directory."""
+    memory: float = 0.25
+    """GB of RAM for pieces on their way."""
+    trainable: bool = False
+    """Leave room for an accumulator behind each row, so that the table can be trained: 4 bytes a row more."""
+    engram: Path | None = None
+    """Also write the weights of the memory layers, in float32, as layers.BLOCK.NAME with NAME as in the state dict of an
+    Engram. It takes the RAM of those weights (V4.1: 1.3 GB)."""
+
+    def run(self, console: Console) -> int:
+        """Compare, stream, print."""
+        if self.engram and self.engram.exists():
+            raise CheckpointError(f"{self.engram}: exists, and nothing is overwritten; remove it or name another.")
+        with Shards(self.source) as shards:
+            layout = read_config(shards.directory / "config.json", self.layout or "")
+            vocabulary = layout.vocabulary(_tokenizer_of(self.tokenizer, shards.directory))
+            layout = layout.found_in(shards)
+            weights = import_weights(shards, layout) if self.engram else {}
+            with _bar(console, "importing") as progressed:
+                table = import_table(
+                    shards,
+                    layout,
+                    vocabulary,
+                    self.out,
+                    memory=int(self.memory * 1e9),
+                    trainable=self.trainable,
+                    progress=progressed,
+                )
+        with table:
+            if self.engram:
+                save_file(weights, self.engram)
+            _say(console, description(table))
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a table as a release has it: safetensors shards with its names and types, an index, and a config.json that says
+    what the memory is. What was imported comes out bit for bit.
+
+    Rows must be in the layout's encoding: `engram-lm table convert` puts them into it. The newest rows are taken, those
+    in a journal included. OUT appears when it is complete.
+    """
+
+    path: Positional[Path]
+    """Table file."""
+    out: Path
+    """Directory to make."""
+    layout: LayoutName | None = None
+    """Default: the layout that the table was imported from."""
+    preset: str = ""
+    """Of a table that was not imported: the preset or configuration file of its model, which says how it is addressed."""
+    tokenizer: str = ""
+    """With --preset: tokenizer.json, a directory that holds one, or a hub name. What follows from it is compared with the
+    plan and vocabulary that the table is bound to."""
+    engram: Path | None = None
+    """Weights of the memory layers to go with the rows, as `import --engram` writes them. E4M3 blocks that did not change come
+    out bit for bit; all else is rounded to the nearest."""
+
+    def run(self, console: Console) -> int:
+        """Compare, stream, print."""
+        with TableFile.open(self.path) as table:
+            layout = self._layout(table)
+            weights = _weights(self.engram) if self.engram else None
+            with _bar(console, "exporting") as progressed:
+                export_table(table, layout, self.out, weights=weights, progress=progressed)
+        files = sorted(path.name for path in self.out.iterdir())
+        _say(console, f"{self.out}: layout {layout.name}, {table.num_rows:,} rows in {', '.join(files)}")
+        return 0
+
+    def _layout(self, table: TableFile) -> Layout:
+        """What the table notes, or what follows from preset and tokenizer. Raises MismatchError when those are not the table's."""
+        from ..model.lookup import address_digest, build_vocabulary
+        from ..train.tokenizer import load_tokenizer
+        from . import load_config
+
+        if not self.preset:
+            noted = layout_of_table(table, self.layout or "")
+            if noted is None:
+                raise ConfigError(
+                    f"{self.path}: was not imported from a release, so how it is addressed must be said: name the --layout, the "
+                    "model's --preset (or configuration file) and the --tokenizer."
+                )
+            return noted
+        model = load_config(self.preset).model
+        if not self.layout or not self.tokenizer or model.memory is None:
+            raise ConfigError(
+                "--preset must have a memory, and goes with --layout and --tokenizer: its plan follows from them."
+            )
+        vocabulary = build_vocabulary(model.memory.hash, load_tokenizer(self.tokenizer))
+        layout = layout_of_model(self.layout, model, vocabulary)
+        digest = address_digest(vocabulary, layout.plan(vocabulary))
+        if digest != table.digest:
+            raise MismatchError(
+                f"{self.path}: belongs to the plan and vocabulary {table.digest or '(none)'}; of {self.preset} and "
+                f"{self.tokenizer} follow {digest}: whoever loads the export would read every row from the wrong place."
+            )
+        return layout
+
+
+@dataclass(frozen=True)
 class Compact:
     """Apply a journal to its table file, so that the file alone is the table. Checkpoints of the run that trained it then
     come back only to its last commit. Killed on the way, it goes on when the table is next opened for writing."""
@@ -184,8 +302,8 @@ class Stats:
         with TableFile.open(self.path) as file, _bar(console, "reading") as progressed:
             source = Newest(file)
             for ids, records in source.written():
-                known = _written(records)
-                norms.add(np.linalg.norm(_decoded(file.form, ids[known], records[known]), axis=1))
+                known = ever_written(records)
+                norms.add(np.linalg.norm(decoded(file.form, ids[known], records[known]), axis=1))
                 if file.form.trainable:
                     moments.add(records[known, file.form.row_bytes :].view(np.float32)[:, 0])
                 progressed(int(ids[-1]) + 1, file.num_rows)
@@ -208,6 +326,8 @@ Command = Union[  # noqa: UP007  (tyro reads it)
     Annotated[Inspect, subcommand("inspect")],
     Annotated[Verify, subcommand("verify")],
     Annotated[Convert, subcommand("convert")],
+    Annotated[Import, subcommand("import")],
+    Annotated[Export, subcommand("export")],
     Annotated[Compact, subcommand("compact")],
     Annotated[Stats, subcommand("stats")],
 ]
@@ -215,149 +335,13 @@ Command = Union[  # noqa: UP007  (tyro reads it)
 
 @dataclass(frozen=True)
 class Table:
-    """Make, look into, check and convert table files."""
+    """Make, look into, check and convert table files; bring in released ones, and give them back."""
 
     command: Annotated[Command, arg(name="")]
 
     def run(self, console: Console) -> int:
         """Run what was chosen."""
         return self.command.run(console)
-
-
-# --- rows to read ---------------------------------------------------------------------------------------------------
-
-
-class Newest:
-    """The rows of a table file as they are now: its own, and newer ones in the journal beside it."""
-
-    def __init__(self, file: TableFile) -> None:
-        self.file, self.num_rows, self.form, self.trainable = file, file.num_rows, file.form, file.form.trainable
-        self.digest, self.facts, self.clock = file.digest, file.facts, file.clock
-        self.reader, self.journal = Reader(), None
-        self.changed, self.offsets = np.empty(0, np.int64), np.empty(0, np.int64)
-        if journal_path(file).exists():
-            self.journal = Journal(file, self.reader)
-            self.clock = self.journal.clock
-            self.changed, self.offsets = self.journal.newest(self.clock)
-
-    def written(self, *, every: bool = False) -> Iterator[Rows]:
-        """All rows that were ever written, and others in the same blocks; or every row. Raises DataError for damaged ones."""
-        file = self.file
-        in_file = [*file.written(), self.changed[:0]]
-        numbers = np.union1d(np.concatenate(in_file), self.changed // file.block_rows)
-        if every:
-            numbers = np.arange(file.num_blocks)
-        for first in range(0, len(numbers), file.piece):
-            some = numbers[first : first + file.piece]
-            ids = (some[:, None] * file.block_rows + np.arange(file.block_rows)).reshape(-1)
-            ids = ids[ids < file.num_rows]
-            records = file.blocks(some).reshape(-1, self.form.stride)[: len(ids)]
-            if self.journal:
-                newer = slice(*np.searchsorted(self.changed, (ids[0], ids[-1] + 1)))
-                fresh = np.empty((newer.stop - newer.start, self.form.stride), np.uint8)
-                self.reader.read(self.journal.descriptor, self.offsets[newer], fresh)
-                records[np.searchsorted(ids, self.changed[newer])] = fresh
-            yield ids, records
-
-    def close(self) -> None:
-        """Release the journal; the file stays open."""
-        if self.journal:
-            self.journal.close()
-        self.reader.close()
-
-
-class Plain:
-    """The rows of a safetensors file that is no table. `tensor` names them, or is "" when only one tensor can be meant.
-
-    Raises DataError when it is not there or not one.
-    """
-
-    digest, clock, trainable = "", 0, True
-
-    def __init__(self, path: Path, tensor: str) -> None:
-        self.facts: dict[str, str] = {}
-        file = safe_open(path, "pt")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
-        candidates = {name: parts for name in slices if (parts := self._parts(name, slices))}
-        chosen = [tensor] if tensor else list(candidates)
-        if len(chosen) != 1 or chosen[0] not in candidates:
-            what = f"has no rows called {tensor!r}" if tensor else "does not say which tensor holds the rows"
-            raise DataError(
-                f"{path}: {what}; of float tensors [rows, dim] it has {', '.join(candidates) or 'none'}. Name one with --tensor."
-            )
-        self.parts = candidates[chosen[0]]
-        self.num_rows, dim = self.parts[0].get_shape()
-        self.form = RowFormat(dim, PLAIN[self.parts[0].get_dtype()], trainable=False)
-
-    def _parts(self, name: str, slices: dict[str, Any]) -> list[Any]:
-        """Slices of the tensors that together are rows, or none."""
-        shape, dtype = slices[name].get_shape(), slices[name].get_dtype()
-        if len(shape) != 2 or 0 in shape or dtype not in PLAIN:
-            return []
-        if dtype != "F8_E4M3":
-            return [slices[name]]
-        scale = slices.get(f"{name.removesuffix('.weight')}.scale")
-        fits = scale and scale.get_dtype() == "F8_E8M0" and scale.get_shape() == [shape[0], -(-shape[1] // BLOCK)]
-        return [slices[name], scale] if fits else []
-
-    def written(self, *, every: bool = False) -> Iterator[Rows]:
-        """Every row."""
-        step = max(1, PIECE // self.form.stride)
-        for first in range(0, self.num_rows, step):
-            ids = np.arange(first, min(first + step, self.num_rows))
-            parts = [part[first : first + len(ids)] for part in self.parts]
-            data = [(part.float() if part.dtype == torch.float16 else part).view(torch.uint8).numpy() for part in parts]
-            records = np.zeros((len(ids), self.form.stride), np.uint8)
-            records[:, : sum(part.shape[1] for part in data)] = np.concatenate(data, axis=1)
-            yield ids, records
-
-
-def convert(source: Newest | Plain, target: TableFile, progressed: Callable[[int, int], None]) -> None:
-    """Write the rows of `source` into `target`, in its format, rounded to the nearest."""
-    old, new = source.form, target.form
-    every = old.std > 0 and not new.trainable  # rows that were never written have numbers that only the source knows
-    same = old.encoding == new.encoding
-    for ids, records in source.written(every=every):
-        written = _written(records)
-        rounded = ~written & every if same else written | every
-        out = np.zeros((len(ids), new.stride), np.uint8)
-        if same:
-            out[written, : new.row_bytes] = records[written, : old.row_bytes]
-        out[rounded, : new.row_bytes] = _encoded(new, _decoded(old, ids[rounded], records[rounded]))
-        if new.trainable and old.trainable:
-            out[:, new.row_bytes :] = records[:, old.row_bytes :]
-        edges = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
-        for lo, hi in pairwise(edges):
-            target.write(int(ids[lo]), out[lo:hi])
-        progressed(int(ids[-1]) + 1, source.num_rows)
-
-
-def _written(records: np.ndarray) -> np.ndarray:
-    """[n] bool: whether rows were ever written."""
-    return np.asarray((np.ascontiguousarray(records).view(np.uint32) != 0).any(1))
-
-
-def _decoded(form: RowFormat, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
-    """Rows [n, dim] float32."""
-    slots = np.arange(len(ids))
-    if not compiled():
-        return truth.read_rows(form, *map(torch.from_numpy, (records, slots, ids))).numpy()
-    from ..kernels.rows import read_rows
-
-    rows = np.empty((len(ids), form.dim), np.float32)
-    read_rows(form, records, slots, ids, rows)
-    return rows
-
-
-def _encoded(form: RowFormat, rows: np.ndarray) -> np.ndarray:
-    """Bytes [n, row_bytes] of rows [n, dim]."""
-    if not compiled():
-        return truth.encode(form, torch.from_numpy(rows)).numpy()
-    from ..kernels.rows import encode
-
-    data = np.empty((len(rows), form.row_bytes), np.uint8)
-    encode(form, rows, data)
-    return data
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------
@@ -409,7 +393,7 @@ def description(file: TableFile) -> str:
         "blocks": f"{blocks:,} of {file.num_blocks:,} written, {file.block_rows} rows each",
         "plan": file.digest or "none: bound to no plan and vocabulary",
         "journal": f"{_bytes(journal.stat().st_size)}, with newer rows" if journal.exists() else "none",
-        **file.facts,
+        **{name: fact if len(fact) <= 400 else f"{len(fact):,} characters" for name, fact in file.facts.items()},
     }
     return "\n".join([str(file.path), *(f"  {name:<15} {value}" for name, value in lines.items())])
 
@@ -459,6 +443,23 @@ def sizes_of(preset: str, tokenizer: str) -> tuple[int, int, str]:
         memory.hash, vocab_size=memory.hash.pad_id + 1, pad=memory.hash.pad_id
     )  # sizes know no vocabulary
     return plan.num_rows, memory.engram.row_dim, ""
+
+
+def _tokenizer_of(name: str, directory: Path) -> Tokenizer | None:
+    """The tokenizer of that name; without one, that of the model's directory, or none."""
+    from ..train.tokenizer import load_tokenizer
+
+    if not name and not (directory / "tokenizer.json").exists():
+        return None
+    return load_tokenizer(name or directory)
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises DataError when it is none."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: no weights can be read ({error}).") from None
 
 
 def _is_table(path: Path) -> bool:

@@ -19,17 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, MismatchError
 from ..hashing import HashConfig
 from ..memory import ConvState, Engram, EngramConfig
 from ..model.lm import MemoryConfig
 from ..model.lookup import Lookup, address_digest, build_plan
-from ..tables import Fetch, TableConfig, build_table
+from ..tables import DeviceTable, Fetch, TableConfig, build_table
 from ..tokens import CanonicalVocabulary
-from .decoder import arguments, find_decoder
-from .past import UNSEEN, Past, cache_in, past_of, remember, visible
+from .decoder import arguments, device_of, find_decoder
+from .past import Past, cache_in, past_of, remember
 from .rows import TrainedRows
+from .text import UNSEEN, Text
 
 
 class Memory(nn.Module):
@@ -60,17 +62,26 @@ class Memory(nn.Module):
         found = self.engrams[str(layer)] if layer in self.config.hash.layers else None
         return found  # type: ignore[return-value]
 
-    def read(self, tokens: Tensor, past: Past | None, segments: Tensor | None) -> Tensor | Fetch:
-        """Rows [B, T, L, K, d] of tokens [B, T] (or UNSEEN), with gradients when they train, else on their way."""
-        seen = self.lookup.plan.history_length
-        if past is not None and seen:
-            tokens = torch.cat([past.tokens[:, -seen:], tokens], dim=1)
-        fresh = slice(min(seen, past.length) if past is not None else 0, None)
+    def read(self, text: Text, past: Past | None) -> Tensor | Fetch:
+        """Rows [B, T, L, K, d] of a text, as given; with gradients where autograd records and they train, else on their way."""
+        tokens = text.in_order(text.tokens)
+        if past is not None:
+            tokens = torch.cat([text.past_in_order(past.tokens, self.lookup.plan.history_length), tokens], dim=1)
         dead = (tokens == UNSEEN) | (tokens >= len(self.lookup.vocabulary.lookup))
-        ids = self.lookup.ids(tokens, segments=segments, dead=dead)[0][:, fresh]
-        if self.training and self.train_rows and torch.is_grad_enabled():
+        ids = self.lookup.ids(tokens, segments=text.segments, dead=dead)[0]
+        ids = text.as_given(ids[:, -text.tokens.shape[1] :]).contiguous()
+        if self.train_rows and torch.is_grad_enabled():
             return self.rows.read(ids)
-        return self.lookup.table.prefetch(ids.contiguous())
+        return self.lookup.table.prefetch(ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles of a model. Raises ConfigError for a table that is not simply in memory."""
+        if not isinstance(self.lookup.table, DeviceTable):
+            raise ConfigError(
+                f"the memory {self.name!r} cannot be copied or pickled with its model: its rows are in a "
+                f"{type(self.lookup.table).__name__}. Detach it first; save it as a cartridge and mount that on both."
+            )
+        return self.__dict__.copy()
 
     def extra_repr(self) -> str:
         """Its size."""
@@ -82,17 +93,17 @@ class Memory(nn.Module):
 class Call:
     """One forward of the decoder: what the layers' hooks need to know."""
 
-    tokens: Tensor  # [B, T] int64, or UNSEEN
-    keep: Tensor | None  # [B, T] bool: False at padding
-    segments: Tensor | None  # [B, T]
+    text: Text
     past: Past | None
+    cache: Cache | None  # the one that was given
     keep_state: bool
     memories: dict[str, Memory]
     rows: dict[str, Tensor | Fetch]
-    convolutions: dict[tuple[str, int], ConvState] = field(default_factory=dict)
+    convolutions: dict[tuple[str, int], ConvState] = field(default_factory=dict)  # of the new positions
 
 
 _call: ContextVar[Call | None] = ContextVar("engram_call", default=None)
+_focus: ContextVar[dict[int, Tensor]] = ContextVar("engram_focus", default={})  # noqa: B039  (never changed)
 _chosen: ContextVar[dict[int, frozenset[str]]] = ContextVar("engram_chosen", default={})  # noqa: B039  (never changed)
 
 
@@ -106,8 +117,8 @@ class Memories(nn.Module):
 
     @property
     def active(self) -> dict[str, Memory]:
-        """Those that the next forward reads."""
-        members: dict[str, Memory] = dict(self.members.items())  # type: ignore[arg-type]
+        """Those that the next forward reads; by name, so that their sum does not depend on who came first."""
+        members: dict[str, Memory] = dict(sorted(self.members.items()))  # type: ignore[arg-type]
         chosen = _chosen.get().get(id(self))
         return {
             name: memory for name, memory in members.items() if (memory.enabled if chosen is None else name in chosen)
@@ -129,35 +140,41 @@ class Memories(nn.Module):
             handle.remove()
         self.handles = []
 
+    @torch.compiler.disable
     def _before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(stack, "engram", None) is not self:
+            raise MismatchError(
+                "something has taken the place of the memories in the model (modules_to_save of peft copies them): what "
+                "trains there is not what is read. Leave `engram` out of it."
+            )
         given, memories = arguments(stack, args, kwargs), self.active
         tokens, cache = given.get("input_ids"), given.get("past_key_values")
         if tokens is None:
-            if memories:
-                raise MismatchError(
-                    f"the model was called with inputs_embeds alone while the memories {', '.join(memories)} are on: they "
-                    "are addressed by tokens and would have been silent. Pass input_ids, or switch them off with using()."
-                )
+            self._require_none("with inputs_embeds alone", "Pass input_ids")
             return
-        past = past_of(cache, tuple(memories))
-        text = visible(given.get("attention_mask"), tokens, past.length if past else 0)
-        seen = tokens if text is None else tokens.masked_fill(~text, UNSEEN)
-        segments = _segments(given.get("position_ids"), tokens, past, text)
+        if given.get("cache") is not None:
+            self._require_none("for continuous batching, which mixes the texts of requests", "Use generate")
+        past = past_of(cache, len(tokens), tuple(memories))
+        text = Text.read(tokens, given.get("attention_mask"), given.get("position_ids"), past.tokens if past else None)
+        focus = _focus.get().get(id(self))
+        if focus is not None:
+            text = text.focus(focus)
         caching = given.get("use_cache")
         if caching is None:
             caching = getattr(stack.config, "use_cache", False) and not stack.training
-        _call.set(
-            Call(
-                seen,
-                text,
-                segments,
-                past,
-                bool(caching) or cache is not None,
-                memories,
-                {name: memory.read(seen, past, segments) for name, memory in memories.items()},
-            )
-        )
+        keep_state = (bool(caching) or cache is not None) and text.segments is None
+        rows = {name: memory.read(text, past) for name, memory in memories.items()}
+        _call.set(Call(text, past, cache, keep_state, memories, rows))
 
+    def _require_none(self, how: str, instead: str) -> None:
+        """Raise MismatchError if a memory is on."""
+        if self.active:
+            raise MismatchError(
+                f"the model was called {how} while the memories {', '.join(self.active)} are on: they are addressed by the "
+                f"tokens of a text and would have been silent or wrong. {instead}, or switch them off with using()."
+            )
+
+    @torch.compiler.disable
     def _fuse(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -166,7 +183,7 @@ class Memories(nn.Module):
             if self.active:
                 raise MismatchError(
                     f"layer {layer} was called on its own, not by its model: the memory does not know the tokens and "
-                    "would have been silent."
+                    "would have been silent. (To recompute activations, use the model's own gradient checkpointing.)"
                 )
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -181,53 +198,42 @@ class Memories(nn.Module):
 
     def _delta(self, call: Call, memory: Memory, engram: Engram, layer: int, hidden: Tensor) -> Tensor:
         """What a memory adds to hidden [B, T, D]."""
+        if hasattr(engram.project, "base_layer"):
+            raise MismatchError(
+                f"peft has wrapped a projection of the memory {memory.name!r}, which froze it: it would not train, nor be "
+                "saved with the memory. Attach after get_peft_model, or exclude_modules=r'.*\\.engram\\..*' in its config."
+            )
         rows = call.rows[memory.name]
         if not isinstance(rows, Tensor):
             rows = call.rows[memory.name] = rows.rows()
-        weight, key = engram.query_gain, (memory.name, layer)
+        text, weight, key = call.text, engram.query_gain, (memory.name, layer)
         own = rows[:, :, memory.config.hash.layers.index(layer)].to(weight.device, weight.dtype)
-        conv = engram.config.conv_kernel > 0
-        delta, state = engram(
-            hidden.to(weight.device).unsqueeze(2),
-            own,
-            call.past.convolutions[key] if conv and call.past is not None else None,
-            segments=call.segments,
-            keep=call.keep,
+        conv, before = engram.config.conv_kernel > 0, None
+        if conv and call.past is not None:
+            before = ConvState(*(text.past_in_order(part, engram.config.tail) for part in call.past.convolutions[key]))
+        segments, keep = (part if part is None else part.to(weight.device) for part in (text.segments, text.keep))
+        delta, after = engram(
+            text.in_order(hidden.to(weight.device).unsqueeze(2)),
+            text.in_order(own),
+            before,
+            segments=segments,
+            keep=keep,
             with_state=conv and call.keep_state,
         )
-        if state is not None:
-            call.convolutions[key] = state
-        return delta.squeeze(2).to(hidden.device)
+        if after is not None:
+            call.convolutions[key] = ConvState(*(text.as_given(part[:, -hidden.shape[1] :]) for part in after))
+        return text.as_given(delta).squeeze(2).to(hidden.device)
 
+    @torch.compiler.disable
     def _after(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = _call.get()
         _call.set(None)
-        cache = cache_in(output)
-        if call is None or cache is None or not call.keep_state:
+        if call is None or not call.keep_state:
             return
-        tokens = call.tokens if call.past is None else torch.cat([call.past.tokens, call.tokens], dim=1)
-        remember(cache, Past(tokens, tuple(call.memories), call.convolutions))
-
-
-def _segments(positions: Any, tokens: Tensor, past: Past | None, text: Tensor | None) -> Tensor | None:
-    """[B, T] document numbers where positions begin anew inside a row (packed documents); None if they never do."""
-    if positions is None or tokens.shape[1] == 1:
-        return None
-    if positions.dim() != 2:
-        raise MismatchError(
-            f"position_ids of the shape {list(positions.shape)} do not tell documents apart: n-grams could run from one "
-            "into the next. Pass [B, T]."
-        )
-    change = positions[:, 1:] != positions[:, :-1] + 1
-    if text is not None:
-        change = change & text[:, 1:] & text[:, :-1]
-    if not change.any():
-        return None
-    if past is not None:
-        raise MismatchError(
-            "position_ids begin anew in a text that continues a cache: it is not clear which document the cache belongs to."
-        )
-    return nn.functional.pad(change, (1, 0)).cumsum(1).expand_as(tokens)
+        cache = call.cache if call.cache is not None else cache_in(output)
+        if cache is not None:
+            new = Past(call.text.tokens, tuple(call.memories), call.convolutions)
+            remember(cache, new if call.past is None else call.past.followed_by(new))
 
 
 # --- what users call ------------------------------------------------------------------------------------------------
@@ -270,7 +276,7 @@ def attach(
         config.row_dim,
         digest=address_digest(vocabulary, plan),
         directory=Path(directory),
-        device=next(decoder.stack.parameters()).device,
+        device=device_of(decoder.stack),
     )
     memory = Memory(name, config_, Lookup(vocabulary, plan, rows), decoder.dim)
     for layer in config_.hash.layers:
@@ -288,10 +294,10 @@ def place(model: nn.Module, memory: Memory) -> Memory:
     decoder = find_decoder(model)
     _require_place(model, memory.name, memory.config)
     for layer, engram in memory.engrams.items():
-        engram.to(next(decoder.layers[int(layer)].parameters()).device)
-    if not isinstance(getattr(decoder.stack, "engram", None), Memories):
-        decoder.stack.engram = Memories()
-    memories: Memories = decoder.stack.engram  # type: ignore[assignment]
+        engram.to(device_of(decoder.layers[int(layer)]))
+    memories = _memories(decoder.stack)
+    if memories is None:
+        memories = decoder.stack.engram = Memories()
     memories.members[memory.name] = memory
     memory.train(decoder.stack.training)
     memories.hook(decoder.stack, decoder.layers)
@@ -307,9 +313,9 @@ def detach(model: nn.Module, name: str | None = None) -> list[Memory]:
     if name is not None and name not in there:
         raise _no_such(name, there)
     gone = list(there.values()) if name is None else [there[name]]
-    if not there:
+    memories = _memories(decoder.stack)
+    if memories is None:
         return []
-    memories: Memories = decoder.stack.engram  # type: ignore[assignment]
     for memory in gone:
         del memories.members[memory.name]
     if len(memories.members):
@@ -322,26 +328,41 @@ def detach(model: nn.Module, name: str | None = None) -> list[Memory]:
 
 def mounted(model: nn.Module) -> dict[str, Memory]:
     """The memories of a model by name, in the order in which they came."""
-    memories = getattr(find_decoder(model).stack, "engram", None)
-    return dict(memories.members.items()) if isinstance(memories, Memories) else {}  # type: ignore[arg-type]
+    memories = _memories(find_decoder(model).stack)
+    return dict(memories.members.items()) if memories is not None else {}  # type: ignore[arg-type]
 
 
 @contextmanager
 def using(model: nn.Module, *names: str) -> Iterator[None]:
-    """Inside, exactly these memories are on; none at all without names. Other threads and tasks notice nothing."""
+    """Inside, exactly these memories are on; none at all without names. Other threads and tasks notice nothing.
+
+    Nor does a thread that is started inside (a TextIteratorStreamer's): call using() in it, or switch by `enabled`.
+    Raises ConfigError for a name that no memory has.
+    """
     there = mounted(model)
     for name in names:
         if name not in there:
             raise _no_such(name, there)
-    if not there:
-        yield
-        return
-    memories = find_decoder(model).stack.engram
+    memories = _memories(find_decoder(model).stack)
     token = _chosen.set(_chosen.get() | {id(memories): frozenset(names)})
     try:
         yield
     finally:
         _chosen.reset(token)
+
+
+@contextmanager
+def focused(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Inside, memories act only where mask [B, T] bool is True, and no row that is read elsewhere learns.
+
+    It is for forwards of T tokens without a cache. Raises MismatchError when the tokens have another shape.
+    """
+    memories = _memories(find_decoder(model).stack)
+    token = _focus.set(_focus.get() | {id(memories): mask})
+    try:
+        yield
+    finally:
+        _focus.reset(token)
 
 
 def default_hash(layers: int, tokenizer: Any, *, rows_per_head: int = 100_003) -> HashConfig:
@@ -355,6 +376,15 @@ def default_layers(layers: int) -> tuple[int, ...]:
     """One early layer and one in the middle, never in the last quarter: (2, 12) of 30."""
     early, middle = min(2, layers // 4), int(0.4 * layers)
     return (early, middle) if middle > early else (early,)
+
+
+def _memories(stack: nn.Module) -> Memories | None:
+    found = getattr(stack, "engram", None)
+    if found is None or isinstance(found, Memories):
+        return found
+    raise ConfigError(
+        f"the decoder has an `engram` of its own, a {type(found).__name__}: a memory would have taken its place."
+    )
 
 
 def _require_place(model: nn.Module, name: str, config: MemoryConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,11 @@ def find_decoder(model: nn.Module) -> Decoder:
     for stack in (base.get_decoder() if hasattr(base, "get_decoder") else base), base:
         for child in stack.children():
             if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
+                if "past_key_values" not in inspect.signature(stack.forward).parameters:
+                    raise ConfigError(
+                        f"{type(stack).__name__} keeps its past elsewhere than in past_key_values: a memory could not "
+                        "follow the text that it generates."
+                    )
                 return Decoder(stack, child, config.hidden_size)
     raise ConfigError(
         f"{type(base).__name__} has no list of {config.num_hidden_layers} layers where a memory could go."
@@ -44,23 +50,52 @@ def arguments(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def fingerprint(model: nn.Module, samples: int = 256) -> str:
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings them.
+
+    Raises ConfigError for a module without weights.
+    """
+    first = next(module.parameters())
+    if not first.is_meta:
+        return first.device
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    raise ConfigError("the model has no weights yet (it is on the meta device): load them before a memory comes.")
+
+
+def fingerprint(model: nn.Module, samples: int = 4096) -> str:
     """Sixteen hex digits of a model's weights, whatever floating type they are held in.
 
-    A few hundred numbers of every tensor of the decoder, rounded to bfloat16: another model, or the same one trained
-    further, has another fingerprint. Adapters of peft and memories do not count.
+    The signs of some thousand numbers of every tensor of the decoder, which no rounding changes: another model, or the same
+    one trained further, has others. Adapters of peft and memories do not count.
+
+    Raises ConfigError for weights that are not there.
     """
-    stack = find_decoder(model).stack
     digest = hashlib.sha256()
-    for name, parameter in sorted(stack.named_parameters(), key=lambda item: item[0].replace("base_layer.", "")):
-        if name.startswith("engram.") or "lora_" in name:
-            continue
-        digest.update(f"{name.replace('base_layer.', '')} {list(parameter.shape)}".encode())
+    for name, parameter in sorted(_weights(find_decoder(model).stack, ""), key=lambda pair: pair[0]):
+        if parameter.is_meta:
+            raise ConfigError(f"{name} is offloaded (on the meta device): a fingerprint needs the weights themselves.")
+        digest.update(f"{name} {list(parameter.shape)}".encode())
         digest.update(_sample(parameter.detach(), samples).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _weights(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by name, without what peft and attach have put around and beside them."""
+    for wrapped in "base_layer", "original_module":
+        inner = getattr(module, wrapped, None)
+        if isinstance(inner, nn.Module):
+            yield from _weights(inner, name)
+            return
+    yield from module.named_parameters(name, recurse=False)
+    for child, part in module.named_children():
+        if child != "engram":
+            yield from _weights(part, f"{name}.{child}")
 
 
 def _sample(parameter: Tensor, count: int) -> Tensor:
     flat = parameter.reshape(-1)
     few = flat[:: max(1, flat.numel() // count)][:count].cpu()
-    return few.bfloat16().view(torch.int16) if few.is_floating_point() else few.to(torch.int64)
+    return few.signbit() if few.is_floating_point() else few.to(torch.int64)

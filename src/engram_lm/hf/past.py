@@ -17,14 +17,12 @@ from transformers.cache_utils import Cache
 from ..errors import MismatchError
 from ..memory import ConvState
 
-UNSEEN = -1  # in Past.tokens: padding and ids without a text, which no n-gram sees
-
 
 @dataclass(frozen=True)
 class Past:
     """S positions of B sequences, and the memories that were on while they were read."""
 
-    tokens: Tensor  # [B, S] int64, or UNSEEN
+    tokens: Tensor  # [B, S] int64, or text.UNSEEN
     memories: tuple[str, ...]
     convolutions: dict[tuple[str, int], ConvState]  # by memory and layer, where it has a convolution
 
@@ -38,6 +36,12 @@ class Past:
         convolutions = {key: ConvState(*map(change, state)) for key, state in self.convolutions.items()}
         return Past(change(self.tokens), self.memories, convolutions)
 
+    def followed_by(self, later: Past) -> Past:
+        """The positions of both."""
+        joined = {key: zip(state, later.convolutions[key], strict=True) for key, state in self.convolutions.items()}
+        convolutions = {key: ConvState(*(torch.cat(parts, dim=1) for parts in pairs)) for key, pairs in joined.items()}
+        return Past(torch.cat([self.tokens, later.tokens], dim=1), later.memories, convolutions)
+
     def select(self, indices: Tensor) -> Past:
         """Chosen sequences, in their order."""
         return self.each(lambda part: part.index_select(0, indices.to(part.device)))
@@ -47,6 +51,10 @@ class CacheWithPast:
     """Mixed into a cache's class by `remember`: whatever happens to its keys and values happens to the past."""
 
     past: Past | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies are made from the class that transformers knows."""
+        return _empty, (type(self).__bases__[1],), self.__dict__
 
     def reset(self) -> None:
         """Forget everything."""
@@ -84,6 +92,10 @@ def _with_past(kind: type) -> type:
     return type(kind.__name__, (CacheWithPast, kind), {"__module__": kind.__module__})
 
 
+def _empty(kind: type) -> Any:
+    return object.__new__(_with_past(kind))
+
+
 def remember(cache: Cache, past: Past) -> None:
     """Let a cache carry the past of the positions that it holds."""
     if not isinstance(cache, CacheWithPast):
@@ -91,10 +103,11 @@ def remember(cache: Cache, past: Past) -> None:
     cache.past = past  # type: ignore[attr-defined]
 
 
-def past_of(cache: Cache | None, memories: tuple[str, ...]) -> Past | None:
+def past_of(cache: Cache | None, batch: int, memories: tuple[str, ...]) -> Past | None:
     """The past of a cache's positions; None for an empty one.
 
-    Raises MismatchError when positions were read while other memories were on than now, or without any record.
+    Raises MismatchError when positions were read without any record, while other memories were on than now, or in another
+    batch.
     """
     length = int(cache.get_seq_length()) if cache is not None else 0
     if length == 0:
@@ -103,13 +116,18 @@ def past_of(cache: Cache | None, memories: tuple[str, ...]) -> Past | None:
     if past is None or past.length != length:
         known = past.length if past else 0
         raise MismatchError(
-            f"the cache holds {length} positions, but the memory saw {known} of them: n-grams would miss their "
-            "first tokens. Read the text again without this cache."
+            f"the cache holds {length} positions, but the memory followed {known} of them: n-grams would miss their first "
+            "tokens. (It follows no prefix of peft, no packed documents, and training only with use_cache=True.) Read the "
+            "text again without this cache."
         )
     if past.memories != memories:
         raise MismatchError(
             f"the cache was filled with the memories {_names(past.memories)} on, now {_names(memories)} are: the text "
             "would be read half with and half without. Read it again without this cache."
+        )
+    if len(past.tokens) != batch:
+        raise MismatchError(
+            f"the cache holds {len(past.tokens)} sequences and {batch} are to go on: repeat or select those of the cache."
         )
     return past
 
@@ -124,27 +142,3 @@ def cache_in(output: Any) -> Cache | None:
 
 def _names(memories: tuple[str, ...]) -> str:
     return ", ".join(memories) if memories else "none"
-
-
-def visible(mask: Any, tokens: Tensor, start: int) -> Tensor | None:
-    """[B, T] bool: which of tokens [B, T] at positions from `start` are text, by an attention mask; None for all of them.
-
-    mask: [B, S] as users give it, [B, 1, T, S] as `generate` prepares it for static caches (a token that does not see
-    itself is padding), or a dictionary of the latter by kind of layer.
-    """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if mask is None:
-        return None
-    batch, length = tokens.shape
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        first = start if mask.shape[1] >= start + length else mask.shape[1] - length
-        return mask[:, first : first + length].bool()
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] >= start + length:
-        itself = mask[:, 0, :, start : start + length].diagonal(dim1=-2, dim2=-1)
-        return (itself if itself.dtype == torch.bool else itself >= 0).expand(batch, -1)
-    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-    raise MismatchError(
-        f"an attention mask of the form {shape} does not tell padding from text: n-grams would run through "
-        "padding. Pass a mask [B, S]."
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,21 @@ class TrainedRows:
     """The rows of one table while training loops that know nothing of tables run over it.
 
     Every forward reads its distinct rows once, as a leaf. A leaf is remembered when autograd has given it a gradient,
-    so a forward without a backward costs nothing later; `step` then updates the rows where they live.
+    so a forward without a backward leaves nothing behind; `step` then updates the rows where they live.
+
+    Attributes:
+        lookup: how tokens find the rows.
+        leaves: rows [U, d] of forwards since the last step, with gradients; always the same list, so that whoever holds it
+            (a group of an optimizer) sees them come and go.
+        kept: whether somebody sees to it that rows are saved when a model is.
+        fresh: whether the table is as it was opened: no step was taken and nothing was restored.
     """
 
     def __init__(self, lookup: Lookup) -> None:
         self.lookup = lookup
-        self.leaves: dict[int, Leaf] = {}
+        self.leaves: list[Tensor] = []
+        self._ids: list[Tensor] = []  # [U] of each leaf
+        self.kept, self.fresh = False, True
 
     def expand(self, tokens: Tensor, *, segments: Tensor | None = None, dead: Tensor | None = None) -> Tensor:
         """Rows [B, T, L, K, d] of tokens [B, T]; gradients of them reach the table at the next `step`."""
@@ -27,24 +38,40 @@ class TrainedRows:
     def read(self, ids: Tensor) -> Tensor:
         """Rows [B, T, L, K, d] of ids [B, T, L, K]; gradients of them reach the table at the next `step`."""
         unique, inverse = deduplicate(ids)
-        rows = self.lookup.table.fetch(unique)
-        leaf = Leaf(unique, inverse.to(rows.device), rows.requires_grad_())
-        rows.register_post_accumulate_grad_hook(lambda _: self.leaves.update({id(leaf): leaf}))
-        return leaf.expand(0, len(ids))
+        rows = self.lookup.table.fetch(unique).requires_grad_()
+        rows.register_post_accumulate_grad_hook(partial(self._remember, unique))  # holds no rows: they may be forgotten
+        return Leaf(unique, inverse.to(rows.device), rows).expand(0, len(ids))
+
+    def merge(self) -> None:
+        """Sum the gradients of all forwards since the last step on one leaf, as one large batch would have done."""
+        if len(self.leaves) < 2:
+            return
+        unique, inverse = deduplicate(torch.cat(self._ids))
+        parts = torch.cat([leaf.grad for leaf in self.leaves if leaf.grad is not None])
+        total = parts.new_zeros(len(unique), parts.shape[1]).index_add_(0, inverse.to(parts.device), parts)
+        self.zero_grad()
+        leaf = torch.empty_like(total, requires_grad=True)
+        leaf.grad = total
+        self._remember(unique, leaf)
 
     def step(self, lr: float) -> None:
-        """One row-wise update by the gradients of all forwards since the last one."""
-        gradients = [(leaf.unique, leaf.rows.grad) for leaf in self.leaves.values() if leaf.rows.grad is not None]
+        """One row-wise update by the gradients of all forwards since the last one, which are then forgotten."""
+        if self.leaves and lr > 0:
+            self.merge()
+            gradient = self.leaves[0].grad
+            assert gradient is not None
+            self.lookup.table.update(self._ids[0], gradient, lr)
+            self.fresh = False
         self.zero_grad()
-        if not gradients:
-            return
-        ids, grads = gradients[0]
-        if len(gradients) > 1:
-            ids, inverse = deduplicate(torch.cat([ids for ids, _ in gradients]))
-            parts = torch.cat([grad for _, grad in gradients])
-            grads = parts.new_zeros(len(ids), parts.shape[1]).index_add_(0, inverse.to(parts.device), parts)
-        self.lookup.table.update(ids, grads, lr)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.leaves = {}
+        for leaf in self.leaves:
+            leaf.grad = None  # of a graph that is kept: its next backward begins anew
+        self.leaves.clear()
+        self._ids.clear()
+
+    def _remember(self, unique: Tensor, leaf: Tensor) -> None:
+        if not any(leaf is known for known in self.leaves):
+            self.leaves.append(leaf)
+            self._ids.append(unique)

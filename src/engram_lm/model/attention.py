@@ -96,30 +96,31 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     is causal, with the last query on the last key. scale: 1/sqrt(d) unless given.
     """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if mask is None and query.shape[2] < key.shape[2]:
-        return _attend_to_past(query, key, value, scale).transpose(1, 2)
+    if query.shape[2] < key.shape[2]:
+        return _attend_to_past(query, key, value, mask, scale).transpose(1, 2)
     shared = query.shape[1] != key.shape[1]
     # On a CPU the kernel's backward in bf16 takes 1.2 (T = 256) to 8 times (T = 15) as long as in fp32.
-    precise = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    dtype = query.dtype
+    precise = query.device.type == "cpu" and dtype == torch.bfloat16
     with torch.autocast("cpu", enabled=False) if precise else nullcontext():
         query, key, value = (x.float() if precise else x for x in (query, key, value))
         y = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared
         )
-    return y.transpose(1, 2)
+    return (y.to(dtype) if precise else y).transpose(1, 2)
 
 
-def _attend_to_past(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention of T queries [B, H, T, d] to S > T keys [B, G, S, d] and values [B, G, S, e].
+def _attend_to_past(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention of T queries [B, H, T, d] to S > T keys [B, G, S, d] and values [B, G, S, e]; mask as in `attend`.
 
     The queries that share a key head become rows of one matrix: the cache is read once and never repeated in
     memory (on a CPU 130 times faster for one token, 32 heads, and one key head of 576 channels).
     """
     (heads, length), (groups, past) = query.shape[1:3], key.shape[1:3]
-    mask = None
-    if length > 1:
-        causal = torch.ones(length, past, dtype=torch.bool, device=query.device).tril(past - length)
-        mask = causal.repeat(heads // groups, 1)
+    if mask is None and length > 1:
+        mask = torch.ones(1, 1, length, past, dtype=torch.bool, device=query.device).tril(past - length)
+    if mask is not None:
+        mask = mask.repeat(1, 1, heads // groups, 1)
     rows = query.unflatten(1, (groups, -1)).flatten(2, 3)  # [B, G, H/G * T, d]
     y = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return y.unflatten(2, (-1, length)).flatten(1, 2)

@@ -13,7 +13,9 @@ State is a value that goes in and comes out, so a text may be read in chunks of 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -83,17 +85,33 @@ class ModelState(NamedTuple):
     """What the model remembers of a text between chunks; a value, so keep an old one to roll back."""
 
     position: int  # positions seen so far
-    layers: tuple[LayerState, ...]
+    layers: tuple[LayerState | None, ...]  # None before the first position
+    padding: Tensor | None = None  # [B, position] bool, where there was no token; None for nowhere
 
     def select(self, indices: Tensor) -> ModelState:
         """The state of the sequences `indices` [B'] of the batch, repeats allowed: the beams that survive."""
+        return self._each(self.position, lambda past: past[indices])
 
-        def pick(value: Any) -> Any:  # a tensor, None, or a named tuple of such
+    def crop(self, position: int) -> ModelState:
+        """The state after the first `position` positions, as if the later ones had never been read: a rejected draft.
+
+        Raises ValueError for more positions than were seen.
+        """
+        if not 0 <= position <= self.position:
+            raise ValueError(f"a state of {self.position} positions cannot be cropped to {position}.")
+        if position == 0:
+            return ModelState(0, (None,) * len(self.layers))
+        return self._each(position, lambda past: past[:, :position])
+
+    def _each(self, position: int, change: Callable[[Tensor], Tensor]) -> ModelState:
+        """The state with every tensor [B, S, ...] changed."""
+
+        def changed(value: Any) -> Any:  # a tensor, None, or a named tuple of such
             if value is None or isinstance(value, Tensor):
-                return value if value is None else value[indices]
-            return value._make(map(pick, value))
+                return value if value is None else change(value)
+            return value._make(map(changed, value))
 
-        return ModelState(self.position, tuple(map(pick, self.layers)))
+        return ModelState(position, tuple(map(changed, self.layers)), changed(self.padding))
 
 
 class Context(NamedTuple):
@@ -107,7 +125,13 @@ class Context(NamedTuple):
 
 
 class Block(nn.Module):
-    """Memory (in memory layers), attention, feed-forward; each a residual step."""
+    """Memory (in memory layers), attention, feed-forward; each a residual step.
+
+    checkpoint: what calls the block in training so that less of it is kept for the backward pass, such as
+    `torch.utils.checkpoint.checkpoint`; None for a plain call.
+    """
+
+    checkpoint: Callable[..., Any] | None = None
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -178,6 +202,7 @@ class LanguageModel(nn.Module):
         *,
         segments: Tensor | None = None,
         keep: Tensor | None = None,
+        padding: Tensor | None = None,
         state: ModelState | None = None,
         with_state: bool = False,
     ) -> tuple[Tensor, ModelState | None]:
@@ -186,8 +211,8 @@ class LanguageModel(nn.Module):
         rows may still be on their way: they are waited for in front of the first block that holds a memory.
 
         segments: [B, T] document numbers; neither attention nor memory crosses a change. keep: [B, T] bool,
-        False silences the memory at a position. state: where an earlier chunk ended; a state is returned when
-        asked for or given.
+        False silences the memory at a position. padding: [B, T] bool, True where there is no token: nothing looks
+        there, now or later. state: where an earlier chunk ended; a state is returned when asked for or given.
 
         Raises MismatchError when rows and memory do not belong together, or segments are given with a state.
         """
@@ -198,13 +223,19 @@ class LanguageModel(nn.Module):
                 "segments were given together with a state: a state holds one document a sequence, and later "
                 "chunks would have looked into earlier documents. Decode each document on its own."
             )
-        start, layers = state or (0, (None,) * self.config.layers)
+        start, layers, before = state or ModelState(0, (None,) * self.config.layers)
         length = tokens.shape[1]
         mask = None if segments is None else segment_mask(segments)
+        segments = None if mask is None else segments
+        everywhere = padding_so_far(before, padding, start, tokens)
+        if everywhere is not None:
+            mask = padding_mask(everywhere, length, mask)
+        if padding is not None:
+            keep = ~padding if keep is None else keep & ~padding
         context = Context(
             positions=torch.arange(start, start + length, device=tokens.device),
             mask=mask,
-            segments=None if mask is None else segments,
+            segments=segments,
             keep=keep,
             with_state=with_state,
         )
@@ -215,12 +246,16 @@ class LanguageModel(nn.Module):
         h = h.unsqueeze(2).expand(-1, -1, self.config.streams, -1)
         after = []
         for layer, block in enumerate(self.blocks):
-            if block.memory is not None and not isinstance(rows, Tensor):
-                rows = self._arrived(rows, tokens)
-            h, layer_state = block(h, self._rows_of(layer, rows), layers[layer], context)
+            if block.memory is not None:
+                rows = rows if isinstance(rows, Tensor) else self._arrived(rows, tokens)
+                # where and as the projection takes them: a model held in bf16 has no autocast to do it
+                rows = rows.to(h.device, h.dtype if h.dtype.itemsize < 4 else rows.dtype)
+            checkpoint: Any = block.checkpoint if self.training else None
+            call = partial(checkpoint, block) if checkpoint else block
+            h, layer_state = call(h, self._rows_of(layer, rows), layers[layer], context)
             after.append(layer_state)
         hidden = self.norm(h.mean(2))
-        return hidden, ModelState(start + length, tuple(after)) if with_state else None
+        return hidden, ModelState(start + length, tuple(after), everywhere) if with_state else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V]."""
@@ -326,6 +361,38 @@ def segment_mask(segments: Tensor) -> Tensor | None:
         return None
     document = F.pad(change, (1, 0)).cumsum(1)  # a number that comes back after a change is another document
     return (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)
+
+
+def padding_so_far(before: Tensor | None, now: Tensor | None, start: int, tokens: Tensor) -> Tensor | None:
+    """Padding [B, start + T] of the positions before, [B, start], and of tokens [B, T]; None for none at all.
+
+    Raises MismatchError when `now` is not [B, T].
+    """
+    if before is None and now is None:
+        return None
+    padding = torch.zeros(len(tokens), start + tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    if before is not None:
+        padding[:, :start] = before
+    if now is not None:
+        if now.shape != tokens.shape:
+            raise MismatchError(
+                f"padding is {list(now.shape)}, but the tokens are {list(tokens.shape)}: others would have been hidden."
+            )
+        padding[:, start:] = now
+    return padding
+
+
+def padding_mask(padding: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
+    """padding [B, S] of all positions -> mask [B, 1, T, S] bool for the last T = `length` of them.
+
+    mask: [B, 1, T, S], what may be looked at apart from padding; None is causal. A position always looks at itself:
+    padding would otherwise have nothing to look at, and a softmax over nothing is not a number.
+    """
+    past = padding.shape[1]
+    if mask is None:
+        mask = torch.ones(1, 1, length, past, dtype=torch.bool, device=padding.device).tril(past - length)
+    itself = torch.eye(past, dtype=torch.bool, device=padding.device)[past - length :]
+    return mask & ~padding[:, None, None, :] | itself
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:

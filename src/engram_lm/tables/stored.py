@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..errors import ConfigError
-from . import rows as truth
+from . import codec
 from .base import Fetch, Table
 from .dedup import deduplicate
 from .store import Held, Staged, Store
@@ -73,7 +72,7 @@ class StoredTable(Table):
         gradients = grads.detach().to("cpu", torch.float32).contiguous().numpy()
         with self.lock:
             held = self.store.hold(numbers)
-            _update(self.form, held, numbers, gradients, lr, self.clock)
+            codec.update_rows(self.form, held.records, held.slots, numbers, gradients, lr, self.clock)
             self._changed(numbers, held)
             self.clock += 1
 
@@ -81,7 +80,7 @@ class StoredTable(Table):
         """Set rows."""
         self._alterable()
         numbers = self.check(ids.cpu()).numpy()
-        encoded = truth.encode(self.form, rows.detach().to("cpu", torch.float32)).numpy()
+        encoded = codec.encode(self.form, rows.detach().to("cpu", torch.float32).contiguous().numpy())
         with self.lock:
             held = self.store.hold(numbers)
             held.records[held.slots, : self.form.row_bytes] = encoded
@@ -122,12 +121,8 @@ class StoredTable(Table):
 
     def gather(self, held: Held, ids: np.ndarray) -> Tensor:
         """Decode held records."""
-        if not kernels.compiled():
-            return truth.read_rows(self.form, *map(torch.from_numpy, (held.records, held.slots, ids)))
-        from ..kernels.rows import read_rows
-
         rows = torch.empty(len(ids), self.dim, pin_memory=self.stream is not None)
-        read_rows(self.form, held.records, held.slots, ids, rows.numpy())
+        codec.read_rows(self.form, held.records, held.slots, ids, rows.numpy())
         return rows
 
     def deliver(self, rows: Tensor) -> Tensor:
@@ -204,14 +199,3 @@ class Travelling(Fetch):
 
     def _updated(self) -> np.ndarray:
         return np.sort(np.concatenate(self.stale)) if self.stale else np.empty(0, np.int64)
-
-
-def _update(form: truth.RowFormat, held: Held, ids: np.ndarray, grads: np.ndarray, lr: float, clock: int) -> None:
-    """The optimizer's kernel, or the truth."""
-    if kernels.compiled():
-        from ..kernels.rows import update_rows
-
-        update_rows(form, held.records, held.slots, ids, grads, lr, clock)
-    else:
-        records, slots, numbers, gradients = map(torch.from_numpy, (held.records, held.slots, ids, grads))
-        truth.update_rows(form, records, slots, numbers, gradients, lr, clock)

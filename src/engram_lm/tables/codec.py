@@ -1,0 +1,44 @@
+"""Rows out of records and into them: by the compiled kernels, or by the truth where those are off. The same bits either way."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..kernels import compiled
+from . import rows as truth
+from .rows import RowFormat
+
+
+def read_rows(form: RowFormat, records: np.ndarray, slots: np.ndarray, ids: np.ndarray, out: np.ndarray) -> None:
+    """Rows [U, dim] float32 into `out`. records: uint8 [S, stride]; slots: [U] where the rows are; ids: [U] who they are."""
+    if compiled():
+        from ..kernels.rows import read_rows as fast
+
+        fast(form, records, slots, ids, out)
+    else:
+        out[:] = truth.read_rows(form, *map(torch.from_numpy, (records, slots, ids))).numpy()
+
+
+def encode(form: RowFormat, rows: np.ndarray) -> np.ndarray:
+    """Bytes [U, row_bytes] uint8 of float32 rows [U, dim], rounded to the nearest."""
+    if not compiled():
+        return truth.encode(form, torch.from_numpy(rows)).numpy()
+    from ..kernels.rows import encode as fast
+
+    data = np.empty((len(rows), form.row_bytes), np.uint8)
+    fast(form, rows, data)
+    return data
+
+
+def update_rows(
+    form: RowFormat, records: np.ndarray, slots: np.ndarray, ids: np.ndarray, grads: np.ndarray, lr: float, clock: int
+) -> None:
+    """Row-wise Adagrad on distinct rows of trainable records, in place; see rows.update_rows."""
+    if compiled():
+        from ..kernels.rows import update_rows as fast
+
+        fast(form, records, slots, ids, grads, lr, clock)
+    else:
+        held, where, who, gradients = map(torch.from_numpy, (records, slots, ids, grads))
+        truth.update_rows(form, held, where, who, gradients, lr, clock)
