@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/index.md", "docs/tables.md")
+PAGES = ("README.md", "docs/index.md", "docs/tables.md", "docs/retrofit.md")
+PRETRAINED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a small one takes its place
 BLOCKS = [
     pytest.param(block, id=f"{page}-{number}")
     for page in PAGES
@@ -23,6 +24,12 @@ EXAMPLE = pytest.param((ROOT / "examples/memory_by_hand.py").read_text(), id="ex
 @pytest.mark.parametrize("block", [*BLOCKS, EXAMPLE])
 def test_python_block_runs(block, tmp_path):
     script = tmp_path / "block.py"
+    if PRETRAINED in block:
+        from hf_tiny import tiny_model, tiny_tokenizer
+
+        tiny_model("llama").save_pretrained(tmp_path / "tiny")
+        tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+        block = block.replace(PRETRAINED, str(tmp_path / "tiny"))
     script.write_text(block)
     environment = {**os.environ, "ENGRAM_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(

@@ -33,6 +33,7 @@ from transformers import (
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.hf.attach import Memories, attach, default_hash, default_layers, detach, mounted, place, using
 from engram_lm.hf.decoder import find_decoder, fingerprint
+from engram_lm.hf.text import Text
 from engram_lm.hf.training import RowwiseAdamW
 from engram_lm.memory import EngramConfig
 from engram_lm.tables import TableConfig
@@ -143,12 +144,13 @@ def test_padding_on_the_right_changes_nothing_of_a_text(live):
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=5),
     seed=st.integers(0, 99),
+    first=st.sampled_from([0, 20]),
     by=st.sampled_from(["positions", "mask"]),
 )
-def test_packed_documents_are_read_like_documents_alone(lengths, seed, by):
-    """By position_ids that begin anew, or by a mask [B, 1, T, T] of blocks."""
+def test_packed_documents_are_read_like_documents_alone(lengths, seed, first, by):
+    """By position_ids that begin anew, or that leap, or by a mask [B, 1, T, T] of blocks."""
     tokens, number = tiny_batch(1, sum(lengths), seed), torch.repeat_interleave(torch.tensor(lengths))
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    positions = torch.cat([torch.arange(length) + first * n for n, length in enumerate(lengths)])[None]
     inputs: dict[str, Any] = {"position_ids": positions}
     if by == "mask":
         inputs = {"attention_mask": (number[:, None] == number).tril()[None, None]}
@@ -177,6 +179,13 @@ def test_documents_with_padding_between_them_stay_apart(live):
     found = logits(live, tokens, attention_mask=square, position_ids=positions)
     assert close(found[:, :6], logits(live, one))
     assert close(found[:, 8:], logits(live, two))
+
+
+def test_masks_by_kind_of_layer_are_those_of_one_document():
+    """In chunks, the first token of one does not see the last of the one before; it goes on nevertheless."""
+    chunks = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool().tril()[None, None]
+    assert Text.read(tiny_batch(1, 6), {"chunked_attention": chunks}, None, None).segments is None
+    assert Text.read(tiny_batch(1, 6), chunks, None, None).segments is not None
 
 
 def test_packed_documents_leave_no_past_to_go_on_from(live):

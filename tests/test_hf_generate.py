@@ -313,6 +313,15 @@ def test_a_cache_filled_without_the_memory_is_refused(model):
         in_pieces(model, [tokens], cache)
 
 
+def test_what_a_cache_held_before_a_reset_does_not_count(model):
+    cache = DynamicCache()
+    in_pieces(model, [tiny_batch(1, 6)], cache)
+    cache.reset()
+    in_pieces(tiny_model(), [tiny_batch(1, 6)], cache)
+    with pytest.raises(MismatchError, match="followed 0"):
+        in_pieces(model, [tiny_batch(1, 6)], cache)
+
+
 def test_a_cache_of_another_batch_is_refused(model):
     cache = DynamicCache()
     in_pieces(model, [tiny_batch(1, 6)], cache)
