@@ -36,6 +36,7 @@ from ..tokens import CanonicalVocabulary
 from ..train.checkpoint import checksum
 from .attach import Memory, _require_place, detach, mounted, place
 from .decoder import find_decoder
+from .hub import fetch, upload
 from .manifest import (
     CARD,
     FACTS,
@@ -56,7 +57,6 @@ from .manifest import (
     tokenizer_digest,
     verify,
 )
-from .hub import fetch, upload
 
 __all__ = ["mount", "push_to_hub", "read", "save", "unmount", "verify"]
 
