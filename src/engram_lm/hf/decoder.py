@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterator
@@ -46,8 +47,12 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def arguments(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of the stack by name."""
-    names = inspect.signature(stack.forward).parameters
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(_names(type(stack)), args, strict=False)) | kwargs  # type: ignore[arg-type]
+
+
+@functools.cache
+def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]  # without self
 
 
 def device_of(module: nn.Module) -> torch.device:
