@@ -44,7 +44,8 @@ class Memory(nn.Module):
         engrams: by layer number, as text.
         rows: what training changes in the table.
         enabled: whether it is on where `using` does not say otherwise.
-        train_rows: whether gradients reach the table; a mounted cartridge's do not.
+        train_rows: whether gradients reach the table, wherever autograd records (in evaluation mode too, as with any
+            parameter); a mounted cartridge's do not.
     """
 
     def __init__(self, name: str, config: MemoryConfig, lookup: Lookup, dim: int) -> None:

@@ -20,7 +20,7 @@ from ..memory import ConvState
 
 @dataclass(frozen=True)
 class Past:
-    """S positions of B sequences, and the memories that were on while they were read."""
+    """S positions of B sequences, and the memories that were on while they were read; no gradient flows back into it."""
 
     tokens: Tensor  # [B, S] int64, or text.UNSEEN
     memories: tuple[str, ...]
