@@ -41,7 +41,9 @@ class HashConfig:
 
     scheme: `engram` is the paper's and DeepSeek-V4.1's; `ple` is Qwen3.8-Flash-Next's (splitmix64 multipliers, seeded by
     the memory's ordinal rather than its layer; the window resets after `pad_id`, its end-of-text token); `capacity_1` is
-    the control in which every n-gram reads the same row of its head, so that the branch remains and the memory is gone.
+    the control in which every n-gram reads the same row of its head, so that the branch remains and the memory is gone;
+    `shuffled` is the control in which a text reads the rows of its neighbour in the batch (model/lookup.py): as many rows, as
+    often, but they say nothing about it.
     """
 
     orders: tuple[int, ...] = (2, 3)
@@ -50,7 +52,7 @@ class HashConfig:
     layers: tuple[int, ...] = (1, 15)
     pad_id: int = 2
     seed: int = 0
-    scheme: Literal["engram", "ple", "capacity_1"] = "engram"
+    scheme: Literal["engram", "ple", "capacity_1", "shuffled"] = "engram"
 
     def __post_init__(self) -> None:
         if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 1:

@@ -28,13 +28,14 @@ class EngramConfig:
     """The choices in which the published layouts differ.
 
     row_dim: width of one row. gate: `signed_sqrt` squashes the score as sign(s) sqrt(max(|s|, 1e-6)), the demo's and
-    Qwen's; `copysign_sqrt` lets a score of zero keep its sign bit, V4.1's; `plain` is the paper's text. conv_kernel: taps
-    of the short convolution, 0 for none; conv_dilation: their distance (the largest n-gram's order in all layouts).
+    Qwen's; `copysign_sqrt` lets a score of zero keep its sign bit, V4.1's; `plain` is the paper's text; `open` has no gate
+    and no keys: the value is added as it is. conv_kernel: taps of the short convolution, 0 for none; conv_dilation: their
+    distance (the largest n-gram's order in all layouts).
     zero_centered: gains are stored as their distance from one.
     """
 
     row_dim: int = 64
-    gate: Literal["signed_sqrt", "copysign_sqrt", "plain"] = "signed_sqrt"
+    gate: Literal["signed_sqrt", "copysign_sqrt", "plain", "open"] = "signed_sqrt"
     bias: bool = False
     conv_kernel: int = 4
     conv_dilation: int = 3
@@ -84,7 +85,7 @@ class Inputs(NamedTuple):
     """What is fused, once the rows are projected."""
 
     query: Tensor  # [B, T, M, D] the hidden state
-    projected: Tensor  # [B, T, M + 1, D]: M keys and the value
+    projected: Tensor  # [B, T, M + 1, D]: M keys (none for an open gate) and the value
     gain: Tensor  # [M, D] of query and key together
     taps: Tensor  # [k, M, D] of the convolution, with its norm's gain in them; the last one: the present
 
@@ -95,9 +96,11 @@ class Engram(nn.Module):
     def __init__(self, config: EngramConfig, *, dim: int, streams: int = 1, rows_per_token: int) -> None:
         super().__init__()
         self.config, self.dim, self.streams = config, dim, streams
-        self.project = nn.Linear(rows_per_token * config.row_dim, (streams + 1) * dim, bias=config.bias)
-        self.query_gain = nn.Parameter(torch.empty(streams, dim))
-        self.key_gain = nn.Parameter(torch.empty(streams, dim))
+        self.keys = 0 if config.gate == "open" else streams
+        self.project = nn.Linear(rows_per_token * config.row_dim, (self.keys + 1) * dim, bias=config.bias)
+        if self.keys:
+            self.query_gain = nn.Parameter(torch.empty(streams, dim))
+            self.key_gain = nn.Parameter(torch.empty(streams, dim))
         if config.conv_kernel:
             self.conv_gain = nn.Parameter(torch.empty(streams, dim))
             self.conv_weight = nn.Parameter(torch.empty(config.conv_kernel, streams, dim))  # last tap: the present
@@ -109,9 +112,9 @@ class Engram(nn.Module):
         self.project.weight.normal_(std=self.project.in_features**-0.5, generator=generator)
         if self.project.bias is not None:
             self.project.bias.zero_()
-        gains = [self.query_gain, self.key_gain] + ([self.conv_gain] if self.config.conv_kernel else [])
-        for gain in gains:
-            gain.fill_(0.0 if self.config.zero_centered else 1.0)
+        for name, gain in self.named_parameters():
+            if name.endswith("_gain"):
+                gain.fill_(0.0 if self.config.zero_centered else 1.0)
         if self.config.conv_kernel:
             self.conv_weight.zero_()
 
@@ -131,7 +134,7 @@ class Engram(nn.Module):
         keep: [B, T] bool, False silences the memory at a position. The state is returned when asked for or given.
         """
         inputs = self._inputs(hidden, rows)
-        if state is None and not with_state and _kernels_take(hidden):
+        if state is None and not with_state and self.keys and _kernels_take(hidden):
             from .kernels.fuse import fuse  # imports Numba
 
             delta = fuse(
@@ -153,8 +156,8 @@ class Engram(nn.Module):
     def _inputs(self, hidden: Tensor, rows: Tensor) -> Inputs:
         """What is fused, in single precision at least."""
         dtype, shape = torch.promote_types(hidden.dtype, torch.float32), (self.streams, self.dim)
-        projected = self.project(rows.flatten(-2)).to(dtype).unflatten(-1, (self.streams + 1, self.dim))
-        gain = self._gain(self.query_gain) * self._gain(self.key_gain)
+        projected = self.project(rows.flatten(-2)).to(dtype).unflatten(-1, (self.keys + 1, self.dim))
+        gain = self._gain(self.query_gain) * self._gain(self.key_gain) if self.keys else projected.new_ones(shape)
         taps = self.conv_weight * self._gain(self.conv_gain) if self.config.conv_kernel else gain.new_zeros(0, *shape)
         return Inputs(hidden.to(dtype), projected, gain.to(dtype), taps.to(dtype))
 
@@ -186,6 +189,8 @@ class Engram(nn.Module):
 
         The two RMSNorms only scale, so they are applied to the product (as V4.1 does): half the passes over [B, T, M, D].
         """
+        if self.config.gate == "open":
+            return query.new_ones(*query.shape[:3])
         eps = self.config.norm_eps
         product = (query * keys * gain).sum(-1)
         scale = (query.square().mean(-1) + eps).rsqrt() * (keys.square().mean(-1) + eps).rsqrt()
@@ -246,8 +251,8 @@ def reference_engram(
 ) -> Tensor:
     """The slow truth: the same [B, T, M, D] by loops over positions and streams, one formula a line."""
     config, (batch, length, streams, dim) = module.config, hidden.shape
-    weight = module.project.weight.view(streams + 1, dim, -1)
-    bias = module.project.bias.view(streams + 1, dim) if config.bias else torch.zeros_like(weight[..., 0])
+    weight = module.project.weight.view(module.keys + 1, dim, -1)
+    bias = module.project.bias.view(module.keys + 1, dim) if config.bias else torch.zeros_like(weight[..., 0])
     one = 1.0 if config.zero_centered else 0.0
 
     def norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -257,8 +262,10 @@ def reference_engram(
         if keep is not None and not keep[b, t]:
             return torch.zeros_like(hidden[b, t, m])
         memory = rows[b, t].flatten()
+        value = weight[-1] @ memory + bias[-1]
+        if config.gate == "open":
+            return value
         key = weight[m] @ memory + bias[m]
-        value = weight[streams] @ memory + bias[streams]
         query = norm(hidden[b, t, m], module.query_gain[m], config.norm_eps)
         score = query @ norm(key, module.key_gain[m], config.norm_eps) / dim**0.5
         if config.gate != "plain":

@@ -29,7 +29,7 @@ from .analysis.gates import GateView, count_ngrams, gate_view
 from .errors import CheckpointError
 from .evaluate import facts
 from .evaluate import loss as losses
-from .evaluate.controls import DESCRIPTIONS, Arm, model_of_arm
+from .evaluate.controls import DESCRIPTIONS, Arm, config_of_arm
 from .generate import generate
 from .model.count import count
 from .model.lm import LanguageModel, ModelConfig
@@ -317,7 +317,7 @@ def trainings(
     facts = {"tokenizer_digest": tokenizer_digest(tokenizer), **(facts or {})}
     runs = {}
     for arm in arms:
-        of_arm = replace(config, model=model_of_arm(config.model, arm))
+        of_arm = config_of_arm(config, arm)
         lookup = build_lookup(of_arm, tokenizer, directory / arm)
         runs[arm] = Training(of_arm, directory / arm, batches, lookup, evaluate=evaluate, facts=facts, resume=True)
     return runs

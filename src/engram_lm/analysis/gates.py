@@ -29,11 +29,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Ngram:
-    """An n-gram that was looked up; `seen` is how often training showed it, None if not counted."""
+    """An n-gram that was looked up.
+
+    seen: how often training showed it. rows: those that it reads in the first memory layer, one a head. collides: how many
+    other n-grams of the training text share a row with it, in the head where they are most. None or empty: not counted.
+    """
 
     order: int
     text: str
     seen: int | None = None
+    rows: tuple[int, ...] = ()
+    collides: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,22 +69,26 @@ def gate_view(
     orders: Sequence[int],
     source: str,
     seen: Sequence[Sequence[int]] | None = None,
+    rows: Sequence[Sequence[Sequence[int]]] | None = None,
+    collides: Sequence[Sequence[int]] | None = None,
 ) -> GateView:
     """The view of a text of T tokens.
 
     `pieces` are the tokens' bytes (see `piece_bytes`), `gates` [T, L, M] is in 0..1, `seen` [T,
-    len(orders)] counts each token's n-grams in training (see `count_ngrams`). N-grams that begin before the
-    text are left out. Tokens that are only fragments of characters are joined until they decode; the joined
-    token then shows the gates and n-grams of its last fragment, where the character is complete. Raises
-    ValueError when lengths or layers do not agree.
+    len(orders)] counts each token's n-grams in training (see `count_ngrams`), `rows` [T, len(orders), heads]
+    and `collides` [T, len(orders)] say where they lead and who else is there (see `ngrams.crowding`).
+    N-grams that begin before the text are left out. Tokens that are only fragments of characters are joined
+    until they decode; the joined token then shows the gates and n-grams of its last fragment, where the
+    character is complete. Raises ValueError when lengths or layers do not agree.
     """
     if gates.ndim != 3 or gates.shape[:2] != (len(pieces), len(layers)):
         raise ValueError(
             f"gates have shape {tuple(gates.shape)}, but {len(pieces)} tokens and {len(layers)} layers need "
             f"({len(pieces)}, {len(layers)}, streams): the colours would belong to other tokens."
         )
-    if seen is not None and (len(seen) != len(pieces) or any(len(row) != len(orders) for row in seen)):
-        raise ValueError(f"seen must be a count for each of {len(pieces)} tokens and {len(orders)} orders.")
+    for name, given in ("seen", seen), ("rows", rows), ("collides", collides):
+        if given is not None and (len(given) != len(pieces) or any(len(row) != len(orders) for row in given)):
+            raise ValueError(f"{name} must be given for each of {len(pieces)} tokens and {len(orders)} orders.")
     spans = displayable(pieces)
     home = [number for number, span in enumerate(spans) for _ in range(span.start, span.stop)]
     values = gates.tolist()
@@ -90,7 +100,15 @@ def gate_view(
             first = last - order + 1
             if first >= 0:  # whole characters: from the span that holds the n-gram's first token
                 text = "".join(s.text for s in spans[home[first] : number + 1])
-                ngrams.append(Ngram(order, text, None if seen is None else int(seen[last][column])))
+                ngrams.append(
+                    Ngram(
+                        order,
+                        text,
+                        seen=None if seen is None else int(seen[last][column]),
+                        rows=() if rows is None else tuple(map(int, rows[last][column])),
+                        collides=None if collides is None else int(collides[last][column]),
+                    )
+                )
         gate = tuple(tuple(layer) for layer in values[last])
         tokens.append(GateToken(span.text, span.stop - span.start, gate, tuple(ngrams)))
     return GateView(source, tuple(layers), tuple(tokens))
@@ -130,7 +148,7 @@ def count_ngrams(training: np.ndarray, text: np.ndarray, orders: Sequence[int]) 
         skip = order - 1
         key = near * base + text[skip:]
         known, near = np.unique(key, return_inverse=True)
-        far = _positions(known, np.where(far >= 0, far * base + training[skip:], -1))
+        far = positions_in(known, np.where(far >= 0, far * base + training[skip:], -1))
         total = np.bincount(far[far >= 0], minlength=len(known))
         counts[order] = np.zeros(len(text), dtype=np.int64)
         counts[order][skip:] = total[near]
@@ -138,7 +156,7 @@ def count_ngrams(training: np.ndarray, text: np.ndarray, orders: Sequence[int]) 
     return np.stack([counts[order] for order in orders], axis=1).tolist()
 
 
-def _positions(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def positions_in(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Index of each key in the sorted array `known`, -1 where it is absent."""
     if not len(known):
         return np.full(len(keys), -1)

@@ -38,6 +38,30 @@ def figure(draw: Callable[[], str]) -> str:
         return f'<p class="missing">{text(str(error))}</p>'
 
 
+def headline(items: Sequence[tuple[str, str]]) -> str:
+    """The few figures to take home: (figure, what it is)."""
+    return "".join(f"<div><dt>{text(label)}</dt><dd>{text(figure)}</dd></div>" for figure, label in items)
+
+
+def paragraphs(sentences: Sequence[str]) -> str:
+    """A paragraph each."""
+    return "".join(f"<p>{text(sentence)}</p>" for sentence in sentences)
+
+
+def definitions(items: Sequence[tuple[str, str]]) -> str:
+    """Terms, which are ours, and what stands beside them, which is HTML."""
+    return "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in items)
+
+
+def panels(draw: Sequence[Callable[[], str]], caption: str) -> str:
+    """Figures side by side where there is room, over one caption; one note in the place of all that cannot be drawn."""
+
+    def drawn() -> str:
+        return f'<div class="panels">{"".join(each() for each in draw)}</div>'
+
+    return f"<figure>{figure(drawn)}<figcaption>{text(caption)}</figcaption></figure>"
+
+
 Row = tuple[str, Sequence[str]]  # a label and a cell for each column
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .markup import Row, asset, figure, fill, table, text
+from .differences import outcome, signed, value
+from .markup import Row, asset, definitions, figure, fill, headline, paragraphs, table, text
 from .record import Curve
-from .verdict import MINUS, quantity
+from .verdict import quantity
 
 Results = dict[str, Any]
 CONTROLS = ("bias", "capacity_1", "frozen_random")
@@ -45,7 +46,7 @@ def render(results: Results, held_out: dict[str, Curve]) -> str:
         title=text(f"A memory for {_short(results['model']['name'])}"),
         style=asset("style.css"),
         headline=_headline(results),
-        verdict="".join(f"<p>{text(sentence)}</p>" for sentence in verdict(results)),
+        verdict=paragraphs(verdict(results)),
         figure=figure(lambda: plots.retrofit_curves(held_out)),
         table=_losses(results),
         seeds=f" With {len(results['config']['seeds'])} seeds, losses are means." if _seeds(results) > 1 else "",
@@ -68,7 +69,7 @@ def verdict(results: Results) -> list[str]:
     sentences = [f"{model}: {signed(less['base'])} nats a token."]
     control = [name for name in CONTROLS if name in arms]
     if "capacity_1" in control:
-        behind = [name for name in control if _outcome(less[name]) == "lower"]
+        behind = [name for name in control if outcome(less[name]) == "lower"]
         differences = ", ".join(f"{name} {signed(less[name])}" for name in control)
         finding = (
             "so its learned rows, and not just the branch around them, made the difference"
@@ -83,24 +84,12 @@ def verdict(results: Results) -> list[str]:
             "same": "Memory and adapters cannot be told apart",
         }
         ranks = "of nearly as many trained parameters" if _fair(results) else f"of rank {results['lora']['rank']}"
-        sentences.append(f"{said[_outcome(less['lora'])]} {ranks}: {signed(less['lora'])}.")
+        sentences.append(f"{said[outcome(less['lora'])]} {ranks}: {signed(less['lora'])}.")
     return sentences
 
 
-def signed(difference: Results) -> str:
-    """`−0.123 (−0.130 to −0.110)`; one document has no interval."""
-    numbers = [difference["difference"], *(difference["interval"] or ())]
-    value, *bounds = [f"{number:+.3f}".replace("-", MINUS) for number in numbers]
-    return f"{value} ({' to '.join(bounds)})" if bounds else value
-
-
-def _outcome(difference: Results) -> str:
-    low, high = difference["interval"] or (float("-inf"), float("inf"))
-    return "lower" if high < 0 else "higher" if low > 0 else "same"
-
-
 def _moves(difference: Results) -> str:
-    return {"lower": "lowers", "higher": "raises", "same": "does not measurably change"}[_outcome(difference)]
+    return {"lower": "lowers", "higher": "raises", "same": "does not measurably change"}[outcome(difference)]
 
 
 def _fair(results: Results) -> bool:
@@ -131,13 +120,7 @@ def _headline(results: Results) -> str:
             items.append((difference, f"nats a token on held-out documents, {name} less {other}"))
     if "outside" in arms[name]:
         items.append((arms[name]["outside"]["less"]["base"], f"outside the domain, {name} less base"))
-    return "".join(
-        f"<div><dt>{text(label)}</dt><dd>{text(_value(difference))}</dd></div>" for difference, label in items
-    )
-
-
-def _value(difference: Results) -> str:
-    return f"{difference['difference']:+.3f}".replace("-", MINUS)
+    return headline([(value(difference), label) for difference, label in items])
 
 
 def _losses(results: Results) -> str:
@@ -289,4 +272,4 @@ def _run(results: Results) -> str:
         ("versions", text(", ".join(f"{name} {version}" for name, version in environment["versions"].items()))),
         ("seeds", text(", ".join(map(str, config["seeds"])))),
     ]
-    return "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in items)
+    return definitions(items)

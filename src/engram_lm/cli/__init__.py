@@ -6,7 +6,7 @@ import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -19,12 +19,15 @@ from tyro.conf import AvoidSubcommands, Positional, arg, subcommand
 from .. import config as configs
 from ..errors import ConfigError, DataError, EngramError
 from ..model.presets import PRESETS, get_preset
+from ..study.compare import CompareConfig
 from ..tables import TableConfig
 from ..train.allocator import keep_freed_memory
 from ..train.loop import TrainConfig
 from .bench import Bench
 from .cartridge import Cartridge
+from .compare import Compare
 from .retrofit import Retrofit
+from .sweep import Sweep
 from .table import Table
 
 DESCRIPTION = """engram-lm: conditional memory for language models.
@@ -34,6 +37,8 @@ DESCRIPTION = """engram-lm: conditional memory for language models.
   engram-lm eval runs/train                 its loss on held-out text, with the uncertainty
   engram-lm generate runs/train             let it write
   engram-lm export runs/train hf/           hand it to transformers: AutoModelForCausalLM, generate, Trainer
+  engram-lm compare tiny --data texts/ --seeds 3        is it memory? controls, slices, probes, one report
+  engram-lm sweep memory|allocation                     how loss falls with rows; experts or memory?
   engram-lm retrofit --model M --data texts/ --out run/  a memory for a pretrained model, beside controls
   engram-lm cartridge inspect|verify|push                trained memories that are mounted on their model
   engram-lm count engram-27b                parameters, FLOPs and bytes of a preset
@@ -280,15 +285,15 @@ def load_config(name: str) -> TrainConfig:
 def parse(arguments: Sequence[str]) -> Any:
     """The command and its options.
 
-    `train` takes a preset or a file first, which becomes the default that dotted options override; with --resume and
-    neither, the run directory's own configuration.
+    `train` and `compare` take a preset or a file first, which becomes the default that dotted options override; `train` with
+    --resume and neither takes the run directory's own configuration, `compare` the tiny preset.
     """
     arguments = list(arguments)
     base = TrainConfig(model=get_preset("tiny"))
-    if arguments[:1] == ["train"]:
-        if len(arguments) > 1 and not arguments[1].startswith("-"):
-            base = load_config(arguments.pop(1))
-        elif "--resume" in arguments:
+    if arguments and arguments[0] in ("train", "compare") and len(arguments) > 1 and not arguments[1].startswith("-"):
+        base = load_config(arguments.pop(1))
+    elif arguments[:1] == ["train"]:
+        if "--resume" in arguments:
             out = ArgumentParser(add_help=False, allow_abbrev=False)
             out.add_argument("--out", type=Path, default=Train.out)
             base = configs.load(TrainConfig, out.parse_known_args(arguments)[0].out / "config.json")
@@ -302,6 +307,8 @@ def parse(arguments: Sequence[str]) -> Any:
         "eval": Evaluate,
         "generate": Generate,
         "export": Export,
+        "compare": Compare,
+        "sweep": Sweep,
         "retrofit": Retrofit,
         "cartridge": Cartridge,
         "count": Count,
@@ -309,6 +316,8 @@ def parse(arguments: Sequence[str]) -> Any:
         "bench": Bench,
     }
     defaults: dict[str, Any] = {"train": Train(base)}
+    if arguments[:1] == ["compare"]:
+        defaults["compare"] = Compare(CompareConfig(replace(base, keep_checkpoints=1)))
     either: Any = Union[  # noqa: UP007  (of as many as there are)
         tuple(
             Annotated[kind, subcommand(name, default=defaults.get(name, MISSING_NONPROP), prefix_name=False)]

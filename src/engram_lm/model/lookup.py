@@ -48,11 +48,16 @@ class Upcoming:
 
 @dataclass(frozen=True)
 class Lookup:
-    """A canonical vocabulary, a hash plan and a table that belong together."""
+    """A canonical vocabulary, a hash plan and a table that belong together.
+
+    shuffled: the control in which each text reads the rows of the one before it in the batch, and a lone one those of an
+    empty text.
+    """
 
     vocabulary: CanonicalVocabulary
     plan: HashPlan
     table: Table
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
         self.table.bind(self.digest, self.plan.num_rows)
@@ -72,6 +77,10 @@ class Lookup:
         there = self.table.address_device
         canonical = self.vocabulary((tokens if dead is None else tokens.masked_fill(dead, 0)).to(there))
         segments = None if segments is None else segments.to(there)
+        if self.shuffled and len(canonical) > 1:
+            canonical, segments = canonical.roll(1, 0), None if segments is None else segments.roll(1, 0)
+        elif self.shuffled:
+            canonical = torch.full_like(canonical, self.plan.pad)
         return hash_ngrams(
             self.plan, canonical, segments=segments, dead=None if dead is None else dead.to(there), history=history
         )

@@ -1,7 +1,7 @@
 """From text to a run directory, and from a run directory back to a model.
 
 DIRECTORY/
-  tokenizer.json   shards/         the text's tokenizer and tokens (here or one directory up, shared by sibling runs)
+  tokenizer.json   shards/         the text's tokenizer and tokens (here or above, shared by sibling runs)
   config.json      metrics.jsonl   everything needed to run it again; a line a step or evaluation
   checkpoints/step-000400/         model, optimizer, table; their facts and checksums
 """
@@ -98,7 +98,7 @@ def build_lookup(config: TrainConfig, tokenizer: Tokenizer, directory: Path, *, 
         device=choose_device(config.device),
         write=write,
     )
-    return Lookup(vocabulary, plan, table)
+    return Lookup(vocabulary, plan, table, shuffled=memory.hash.scheme == "shuffled")
 
 
 def fit_vocabulary(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
@@ -156,6 +156,6 @@ def load_run(directory: Path, device: str = "auto") -> TrainedModel:
 
 
 def beside(directory: Path, name: str) -> Path:
-    """A file of a run: in its own directory or, shared with sibling runs, one above."""
-    own = directory / name
-    return own if own.exists() else directory.parent / name
+    """A file of a run: in its own directory or, shared with sibling runs, up to three above; where it would be if nowhere."""
+    shared = [folder / name for folder in (directory, *list(directory.absolute().parents)[:3])]
+    return next((path for path in shared if path.exists()), shared[1])
