@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
@@ -228,6 +228,7 @@ def test_answers_of_several_tokens_are_asked_whole():
     ]
 
 
+@settings(max_examples=25)
 @given(st.sampled_from(FORMS), st.integers(1, 150), st.integers(0, 9))
 def test_every_sentence_comes_once_an_epoch(form, batch_size, seed):
     """Also where batches do not divide the sentences: compared with a list of all epochs one after the other."""

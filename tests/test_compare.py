@@ -12,7 +12,10 @@ from engram_lm.evaluate.controls import ARMS
 from engram_lm.study.compare import CompareConfig, compare, distinct_arms
 
 CONFIG = CompareConfig(
-    tiny.config(replace(tiny.ENGRAM, vocab_size=280), keep_checkpoints=1), arms=("base", "engram", "capacity_1"), seeds=2, eval_windows=16
+    tiny.config(replace(tiny.ENGRAM, vocab_size=280), keep_checkpoints=1),
+    arms=("base", "engram", "capacity_1"),
+    seeds=2,
+    eval_windows=16,
 )
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engram_lm import config
 from engram_lm.analysis.gate_section import gate_section
-from engram_lm.analysis.gates import GateView, Ngram, count_ngrams, displayable, gate_view
+from engram_lm.analysis.gates import GateView, Ngram, displayable, gate_view
 from engram_lm.analysis.ngrams import Ngrams, views
 from engram_lm.analysis.probes import pieces_of, view_of
 from engram_lm.hashing import HashConfig
@@ -138,22 +138,3 @@ def test_gates_of_another_text_are_refused():
         gate_view([b"a"], torch.zeros(1, 1, 1), layers=(0,), orders=(2,), source="", rows=[[[1], [2]]])
     with pytest.raises(ValueError, match="seen must be"):
         gate_view([b"a", b"b"], torch.zeros(2, 1, 1), layers=(0,), orders=(2, 3), source="", seen=[[1], [2]])
-
-
-@given(
-    st.lists(st.integers(0, 3), max_size=60),
-    st.lists(st.integers(0, 4), max_size=12),
-    st.sampled_from([(2,), (2, 3), (4, 1)]),
-)
-def test_count_ngrams_counts_what_a_loop_counts(training, text, orders):
-    def count(end: int, order: int) -> int:
-        ngram = text[end - order + 1 : end + 1] if end >= order - 1 else None
-        return sum(training[i : i + order] == ngram for i in range(len(training) - order + 1))
-
-    counted = count_ngrams(np.array(training, dtype=np.int64), np.array(text, dtype=np.int64), orders)
-    assert counted == [[count(end, order) for order in orders] for end in range(len(text))]
-
-
-def test_count_ngrams_does_not_overflow_with_a_large_vocabulary():
-    ids = np.array([2**31, 2**31 - 1, 2**31, 2**31 - 1, 2**31])
-    assert count_ngrams(ids, ids, (4,)) == [[0], [0], [0], [1], [1]]

@@ -100,7 +100,7 @@ def test_what_is_no_relation_is_refused(tmp_path, relation, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere.jsonl"):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
         collect(tmp_path / "nowhere.jsonl")
 
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from . import __version__
 from .analysis import report as page
 from .analysis.capture import capture_gates
-from .analysis.gates import GateView, count_ngrams, gate_view
+from .analysis.gates import GateView, gate_view
 from .errors import CheckpointError
 from .evaluate import facts
 from .evaluate import loss as losses
@@ -39,6 +39,7 @@ from .tables import TableConfig
 from .tokens import piece_bytes
 from .train.loader import Loader, windows
 from .train.loop import Batches, Evaluate, TrainConfig, Training, train_together
+from .train.ngrams import count_ngrams
 from .train.precision import autocast
 from .train.run import build_lookup, prepare_text
 from .train.sources import standard_library

@@ -87,7 +87,7 @@ def _growing(title: str, intro: str, results: Results, name: str) -> str:
     """A section: sentences, a panel for each number of exposures, and the figures as tables."""
     curves = results["curve"]
     draw = [partial(plots.recall_by_facts, results, exposures, name) for exposures in curves]
-    caption = "Share of the facts recalled against how many there are. The dashed line is 90 %; shades are 95 % intervals over questions."
+    caption = "Share of the facts recalled against how many there are. The dashed line is 90 %; shades are Wilson’s 95 % intervals over questions."
     tables = "".join(
         f'<h3>{text(_times(exposures))}</h3><div class="scroll">{_curve_table(results, exposures)}</div>'
         for exposures in curves
@@ -95,7 +95,7 @@ def _growing(title: str, intro: str, results: Results, name: str) -> str:
     return (
         f"<section><h2>{title}</h2><p>{text(intro)}</p>{paragraphs(verdict(results))}{panels(draw, caption)}"
         f'<div class="scroll">{_sizes(results)}</div>{tables}'
-        '<p class="note">Brackets: Wilson’s 95 % intervals over questions. Bits are those of module capacity (arXiv 2404.05405), a '
+        '<p class="note">Bits are those of module capacity (arXiv 2404.05405), a '
         "parameter in all and an active one. Larger numbers are not run once recall is low.</p></section>"
     )
 
@@ -157,16 +157,18 @@ def _sizes(results: Results) -> str:
 def _curve_table(results: Results, exposures: str) -> str:
     """A row a number of facts; of each arm recall, and bits a parameter."""
     arms = results["curve"][exposures]
-    columns = [f"{name}: {what}" for name in arms for what in ("recall", "bits, total", "active")]
+    columns = [
+        f"{name}: {what}" if what == "recall" else what
+        for name in arms
+        for what in ("recall", "bits a parameter", "an active one")
+    ]
     classes = [CLASSES.get(name, "") for name in arms for _ in range(3)]
     found = {name: {point["facts"]: point for point in points} for name, points in arms.items()}
 
     def cells(point: Results | None) -> list[str]:
         if point is None:
             return ["not run", "", ""]
-        low, high = point["interval"]
-        recall = f"{percent(point['recall'])} ({percent(low)} to {percent(high)})"
-        return [recall, f"{point['bits_per_parameter']:.3f}", f"{point['bits_per_active']:.3f}"]
+        return [percent(point["recall"]), f"{point['bits_per_parameter']:.3f}", f"{point['bits_per_active']:.3f}"]
 
     rows: list[Row] = [
         (f"{facts:,} facts", [cell for name in arms for cell in cells(found[name].get(facts))])

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -75,7 +73,7 @@ def gate_view(
     """The view of a text of T tokens.
 
     `pieces` are the tokens' bytes (see `piece_bytes`), `gates` [T, L, M] is in 0..1, `seen` [T,
-    len(orders)] counts each token's n-grams in training (see `count_ngrams`), `rows` [T, len(orders), heads]
+    len(orders)] counts each token's n-grams in training (see train/ngrams.py), `rows` [T, len(orders), heads]
     and `collides` [T, len(orders)] say where they lead and who else is there (see `ngrams.crowding`).
     N-grams that begin before the text are left out. Tokens that are only fragments of characters are joined
     until they decode; the joined token then shows the gates and n-grams of its last fragment, where the
@@ -130,35 +128,3 @@ def displayable(pieces: Sequence[bytes]) -> list[Span]:
             spans.append(Span(text, start, stop))
             text, start = "", stop
     return spans
-
-
-def count_ngrams(training: np.ndarray, text: np.ndarray, orders: Sequence[int]) -> list[list[int]]:
-    """How often `training` [N] holds the n-gram that ends at each token of `text` [T], as [T][len(orders)].
-
-    Give canonical ids, as the memory sees them. N-grams that begin before the text count 0. The
-    counts are exact, in time O(N log T).
-    """
-    training, text = (np.asarray(ids, dtype=np.int64) for ids in (training, text))
-    counts = {}
-    base = int(max(training.max(initial=0), text.max(initial=0))) + 1
-    # Each window of n tokens is numbered by (number of its first n - 1, last token), so keys never overflow;
-    # -1 numbers the training windows that do not occur in the text.
-    near, far = np.zeros(len(text), np.int64), np.zeros(len(training), np.int64)
-    for order in range(1, max(orders, default=0) + 1):
-        skip = order - 1
-        key = near * base + text[skip:]
-        known, near = np.unique(key, return_inverse=True)
-        far = positions_in(known, np.where(far >= 0, far * base + training[skip:], -1))
-        total = np.bincount(far[far >= 0], minlength=len(known))
-        counts[order] = np.zeros(len(text), dtype=np.int64)
-        counts[order][skip:] = total[near]
-        near, far = near[:-1], far[:-1]
-    return np.stack([counts[order] for order in orders], axis=1).tolist()
-
-
-def positions_in(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Index of each key in the sorted array `known`, -1 where it is absent."""
-    if not len(known):
-        return np.full(len(keys), -1)
-    found = np.searchsorted(known, keys).clip(max=len(known) - 1)
-    return np.where(known[found] == keys, found, -1)

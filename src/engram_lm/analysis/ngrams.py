@@ -12,7 +12,6 @@ from torch import Tensor
 from ..hashing import HashPlan, hash_ngrams
 from ..model.lookup import Lookup
 from ..tables import deduplicate
-from .gates import positions_in
 
 CHUNK = 1 << 18  # n-grams that are hashed at a time
 
@@ -102,3 +101,11 @@ def crowding(plan: HashPlan, text: Ngrams, seen: np.ndarray) -> tuple[np.ndarray
             first, last = (np.searchsorted(taken[:, head], rows[:, column, head], side) for side in ("left", "right"))
             others[:, column, head] = last - first - known[:, order - 1]
     return rows, others.max(-1)
+
+
+def positions_in(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Index of each key in the sorted array `known`, -1 where it is absent."""
+    if not len(known):
+        return np.full(len(keys), -1)
+    found = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return np.where(known[found] == keys, found, -1)

@@ -50,7 +50,7 @@ def knocked_out(found: Results) -> str:
 def gates(found: Results) -> str:
     """How wide gates open, by layer and stream, and where training had shown the n-gram."""
     layers = found["layers"]
-    columns = ["mean", "lower quartile", "median", "upper quartile", "below 0.05", "above 0.95", "added / hidden"]
+    columns = ["mean", "quartile", "median", "quartile", "< 0.05", "> 0.95", "added / hidden"]
     rows: list[Row] = [
         (
             _stream(layer, number),
@@ -133,15 +133,7 @@ def _view(found: Results) -> str:
 
 def usage(found: Results) -> str:
     """Which rows the training text reads, who shares them, what a cache would hold."""
-    columns = [
-        "rows",
-        "read",
-        "n-grams",
-        "n-grams a row",
-        "share a row",
-        "reads of shared rows",
-        "same rows as another",
-    ]
+    columns = ["rows", "read", "n-grams", "a row", "share a row", "shared reads", "same rows"]
     blocks: list[Row] = [
         (
             f"block {one['layer']}, {one['order']}-grams",
@@ -175,8 +167,8 @@ def usage(found: Results) -> str:
             f"<h3>How the table is used</h3><p>{text(said)}</p>",
             panels([lambda: plots.row_reads(found), lambda: plots.cache_curves(found)], caption),
             f'<div class="scroll">{table(columns, [""] * len(columns), [blocks])}</div>',
-            '<p class="note">Share a row: of n-grams, in a head. Same rows as another: in all heads, so the memory cannot tell them '
-            "apart.</p>",
+            '<p class="note">A row: n-grams that share it, on average. Share a row: of n-grams, in a head. Shared reads: of shared rows. Same rows: n-grams '
+            "with the rows of another one in all heads, which the memory cannot tell apart.</p>",
             "<p>How far rows have moved, by how often they are read (medians of lengths):</p>",
             f'<div class="scroll">{table(["rows", "length", "moved"], ["", "", ""], [lengths])}</div>',
         ]
@@ -187,8 +179,7 @@ def lens(found: Results) -> str:
     """How near each layer's prediction is to the final one."""
     said = (
         "Each layer’s hidden state is read by the model’s own output layer; the nearer its prediction is to the final one, the less "
-        "is left to do. The paper reports smaller divergences with a memory at all layers, most of all early ones; its figure shows "
-        "larger ones in a few late layers (arXiv 2601.07372, section 6.1, figure 4)."
+        "is left to do. X 2601.07372, section 6.1, figure 4)."
     )
     names = list(found)
     rows: list[Row] = [
@@ -223,8 +214,8 @@ def _sooner(found: Results) -> str:
 def alignment(found: Results) -> str:
     """Which layers of base each layer of engram is like."""
     said = (
-        "Similarity (unbiased CKA) of engram’s layers with base’s on the same tokens; diamonds mark the centre of the "
-        f"{found['k']} most similar. Above the dashed diagonal a layer is like an earlier one of base, below it like a later one. In "
+        "Similarity (unbiased CKA) of engram’s layers with base’s on the same tokens; diamonds mark the centre of the most similar "
+        f"layers (k = {found['k']}). Above the dashed diagonal a layer is like an earlier one of base, below it like a later one. In "
         "the paper, early layers with a memory are like much later layers without (layer 5 like layer 12 of 30), and the effect "
         "fades towards the top."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def render(results: Results) -> str:
         verdict=paragraphs(verdict(results)),
         forest=figure(lambda: plots.forest(results)),
         losses=_losses(results),
+        against=_against(results),
         arms=_arms(results),
         sizes=_sizes(results),
         curves=_curves(results),
@@ -73,44 +74,58 @@ def _label(results: Results, name: str) -> str:
 
 
 def _losses(results: Results) -> str:
-    """A row an arm: its loss, what it is less base by both uncertainties, and what engram is less it."""
-    columns = ["held-out loss", "less base (95 %, documents)", "95 %, seeds", "engram less it", "loss of each seed"]
+    """A row an arm: its loss, and what it is less base by both uncertainties."""
+    columns = ["held-out loss", "bits a byte", "less base", "over seeds"]
 
     def row(name: str) -> Row:
         arm = results["arms"][name]
-        of_base = less(results, name, "base") if name != "base" else None
-        of_engram = less(results, "engram", name) if name != "engram" else None
-        seeds = of_base and of_base["seed_interval"]
-        return _label(results, name), [
-            f"{arm['loss']:.4f}",
-            signed(of_base) if of_base else "",
-            span(seeds) if seeds else "",
-            signed(of_engram) if of_engram else "",
-            ", ".join(f"{one:.4f}" for one in arm["seeds"]),
-        ]
+        less_base = _both(less(results, name, "base")) if name != "base" else ["", ""]
+        return _label(results, name), [f"{arm['loss']:.4f}", f"{arm['bits_per_byte']:.3f}", *less_base]
 
-    return table(
-        columns, [""] * len(columns), [[row("base")], [row(name) for name in results["arms"] if name != "base"]]
-    )
+    return _by_arm(results, columns, row)
+
+
+def _against(results: Results) -> str:
+    """A row an arm: what engram is less it, and the loss of each seed."""
+    columns = ["engram less it", "over seeds", "loss of each seed"]
+
+    def row(name: str) -> Row:
+        seeds = ", ".join(f"{one:.4f}" for one in results["arms"][name]["seeds"])
+        difference = _both(less(results, "engram", name)) if name != "engram" else ["", ""]
+        return _label(results, name), [*difference, seeds]
+
+    return _by_arm(results, columns, row)
+
+
+def _both(difference: Results | None) -> list[str]:
+    """A difference with its interval over documents, and that over seeds."""
+    if difference is None:
+        return ["", ""]
+    return [signed(difference), span(difference["seed_interval"]) if difference["seed_interval"] else ""]
+
+
+def _by_arm(results: Results, columns: Sequence[str], row: Callable[[str], Row]) -> str:
+    """A table with a row an arm, base set off."""
+    others = [row(name) for name in results["arms"] if name != "base"]
+    return table(columns, [""] * len(columns), [[row("base")], others])
 
 
 def _arms(results: Results) -> str:
+    """What each arm is, and in what it equals engram."""
+
+    def said(name: str, arm: Results) -> str:
+        equal = ", ".join(["tokens", *equal_in(results, name)])
+        return arm["description"] + ("" if name == "engram" else f" (equal to engram in {equal})")
+
     return "".join(
-        f'<dt class="{CLASSES.get(name, "")}">{text(name)}</dt><dd>{text(arm["description"])}</dd>'
+        f'<dt class="{CLASSES.get(name, "")}">{text(name)}</dt><dd>{text(said(name, arm))}</dd>'
         for name, arm in results["arms"].items()
     )
 
 
 def _sizes(results: Results) -> str:
-    """A row an arm: what it costs, as a multiple of engram's in brackets, and in what it is equal."""
-    columns = [
-        "FLOPs a token",
-        "active parameters",
-        "total parameters",
-        "step time",
-        "bits a byte",
-        "equal to engram in",
-    ]
+    """A row an arm: what it costs, as a multiple of engram's in brackets."""
+    columns = ["FLOPs a token", "active parameters", "total parameters", "step time"]
 
     def row(name: str) -> Row:
         arm = results["arms"][name]
@@ -120,11 +135,9 @@ def _sizes(results: Results) -> str:
             f"{quantity(sizes['active'])} ({ratios['active']:.3f} ×)",
             f"{quantity(sizes['total'])} ({ratios['total']:.3g} ×)",
             f"{1000 * arm['step_seconds']:.0f} ms ({ratios['seconds']:.2f} ×)",
-            f"{arm['bits_per_byte']:.3f}",
-            "" if name == "engram" else ", ".join(["tokens", *equal_in(results, name)]),
         ]
 
-    return table(columns, [""] * len(columns), [[row(name) for name in results["arms"]]])
+    return _by_arm(results, columns, row)
 
 
 def _curves(results: Results) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .differences import Difference, outcome, side, signed, span
+from .differences import Difference, Outcome, outcome, side, signed, span, value
 from .verdict import MINUS, percent
 
 Results = dict[str, Any]
 LACKS = {  # what each control goes without
-    "capacity_1": "looking anything up",
-    "frozen_random": "what rows learn",
-    "shuffled": "reading the rows of its own text",
+    "capacity_1": "looking up",
+    "frozen_random": "learned rows",
+    "shuffled": "the rows of its own text",
 }
 RIVALS = {
     "bigram": "the simplest memory, a hashed bigram embedding added at the input",
@@ -41,10 +41,13 @@ def less(results: Results, arm: str, other: str) -> Difference | None:
 
 def helps(results: Results) -> bool:
     """Whether the memory's gain over base lies beyond its interval over documents, and over seeds where there are several."""
-    difference = _less(results, "engram", "base")
-    return outcome(difference) == "lower" and (
-        difference["seed_interval"] is None or side(difference["seed_interval"]) == "lower"
-    )
+    return settled(_less(results, "engram", "base")) == "lower"
+
+
+def settled(difference: Difference) -> Outcome:
+    """Which side of 0 both intervals lie on; "same" where they do not agree. One seed has no interval to ask."""
+    over_documents, over_seeds = outcome(difference), difference["seed_interval"]
+    return over_documents if over_seeds is None or side(over_seeds) == over_documents else "same"
 
 
 def equal_in(results: Results, arm: str) -> list[str]:
@@ -87,12 +90,12 @@ def controls(results: Results) -> str:
             "No control was trained: whether it is looking up that makes the difference cannot be said from these arms."
         )
     if not helps(results):
-        differences = _listed([f"{name} {signed(_less(results, name, 'base'))}" for name in found])
+        differences = _listed([f"{name} {_shown(_less(results, name, 'base'))}" for name in found])
         return f"The controls differ from base by: {differences}."
     whole = _less(results, "engram", "base")["difference"]
     shares = {name: _less(results, name, "base")["difference"] / whole for name in found}
     sentences = [_left(results, name, shares[name]) for name in found]
-    level = [name for name in found if outcome(_less(results, "engram", name)) != "lower"]
+    level = [name for name in found if settled(_less(results, "engram", name)) != "lower"]
     most = [name for name in found if shares[name] >= 0.5 and name not in level]
     if level:
         conclusion = (
@@ -102,20 +105,23 @@ def controls(results: Results) -> str:
     elif most:
         conclusion = f"Most of the gain does without {_listed([LACKS[name] for name in most])}."
     else:
-        conclusion = f"So most of the gain comes from {_listed([LACKS[name] for name in found])}."
+        conclusion = f"So most of the gain needs {_listed([LACKS[name] for name in found])}"
+        conclusion += (
+            ": that is memory, not the branch around it." if {"capacity_1", "frozen_random"} <= {*found} else "."
+        )
     return " ".join([*sentences, conclusion])
 
 
 def _left(results: Results, control: str, share: float) -> str:
     difference = _less(results, control, "base")
     without = f"Without {LACKS[control]} ({control})"
-    match outcome(difference):
+    match settled(difference):
         case "lower":
-            return f"{without} {percent(share)} of the gain is left: {signed(difference)}."
+            return f"{without} {percent(share)} of the gain is left: {_shown(difference)}."
         case "higher":
-            return f"{without} the model is worse than base: {signed(difference)}."
+            return f"{without} the model is worse than base: {_shown(difference)}."
         case "same":
-            return f"{without} nothing measurable is left of the gain: {signed(difference)}."
+            return f"{without} nothing measurable is left of the gain: {_shown(difference)}."
 
 
 def rivals(results: Results) -> str:
@@ -129,10 +135,10 @@ def rivals(results: Results) -> str:
             "lower": "the memory is lower",
             "higher": "the memory is higher, which speaks against it",
             "same": "the memory cannot be told apart from it",
-        }[outcome(difference)]
+        }[settled(difference)]
         equal = equal_in(results, name)
         at = f", at equal {_listed(equal)}" if equal else ""
-        sentences.append(f"Against {what} ({name}{at}), {said}: {signed(difference)}.")
+        sentences.append(f"Against {what} ({name}{at}), {said}: {_shown(difference)}.")
     return " ".join(sentences)
 
 
@@ -158,23 +164,31 @@ def _concentration(sliced: Results, ngram: str) -> str:
         .replace("+-", "-")
         .replace(" -", f" {MINUS}")
     )
-    return f"{said}. {_where(there, unseen)}"
+    return f"{said}. {_where(there, unseen, ngram)}"
 
 
-def _where(there: float, unseen: Difference) -> str:
+def _where(there: float, unseen: Difference, ngram: str) -> str:
     """there: mean change where the n-gram was seen; unseen: the change where it was not."""
     low, high = unseen["interval"] or (float("-inf"), float("inf"))
     if there < low:
-        return "The gain is concentrated in seen n-grams, as a memory’s should be."
+        return f"The gain is concentrated behind {ngram}s that were seen, as a memory’s should be."
     if there > high:
-        return "The gain is larger where the n-gram was never seen: something other than memory is at work."
-    return "The gain is not measurably larger where the n-gram was seen: this does not look like memory."
+        return f"The gain is larger where the {ngram} was never seen: something other than memory is at work."
+    return f"The gain is not measurably larger where the {ngram} was seen: this does not look like memory."
 
 
 def _less(results: Results, arm: str, other: str) -> Difference:
     """`less` for arms that are there, and not the same."""
     difference = less(results, arm, other)
     return difference or {"difference": 0.0, "interval": None, "seeds": [], "seed_interval": None}
+
+
+def _shown(difference: Difference) -> str:
+    """A difference and its interval over documents, and over seeds where that is what leaves it open."""
+    documents, seeds = difference["interval"], difference["seed_interval"]
+    if not documents or not seeds or side(seeds) == side(documents):
+        return signed(difference)
+    return f"{value(difference)} (documents {span(documents)}, seeds {span(seeds)})"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -26,6 +26,9 @@ from ..train.loop import TrainConfig
 from .bench import Bench
 from .cartridge import Cartridge
 from .compare import Compare
+from .facts import Facts
+from .needle import Needle
+from .probe import Probe
 from .retrofit import Retrofit
 from .sweep import Sweep
 from .table import Table
@@ -39,6 +42,9 @@ DESCRIPTION = """engram-lm: conditional memory for language models.
   engram-lm export runs/train hf/           hand it to transformers: AutoModelForCausalLM, generate, Trainer
   engram-lm compare tiny --data texts/ --seeds 3        is it memory? controls, slices, probes, one report
   engram-lm sweep memory|allocation                     how loss falls with rows; experts or memory?
+  engram-lm facts --hard --real geonames                how many facts does a model hold, with and without a memory?
+  engram-lm probe runs/train                            what the memory does, and what would be lost without it
+  engram-lm needle runs/train                           does it find what is far away in its context?
   engram-lm retrofit --model M --data texts/ --out run/  a memory for a pretrained model, beside controls
   engram-lm cartridge inspect|verify|push                trained memories that are mounted on their model
   engram-lm count engram-27b                parameters, FLOPs and bytes of a preset
@@ -309,6 +315,9 @@ def parse(arguments: Sequence[str]) -> Any:
         "export": Export,
         "compare": Compare,
         "sweep": Sweep,
+        "facts": Facts,
+        "probe": Probe,
+        "needle": Needle,
         "retrofit": Retrofit,
         "cartridge": Cartridge,
         "count": Count,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +50,15 @@ class Facts:
 
     def run(self, console: Console) -> int:
         """Train, ask, write the report, print the tables."""
+        from ..analysis.facts_page import write_report
         from ..study.facts import facts_study
 
-        chosen = {"counts": self.counts, "exposures": self.exposures, "arms": self.arms, "seeds": self.seeds}
+        chosen: dict[str, Any] = {
+            "counts": self.counts,
+            "exposures": self.exposures,
+            "arms": self.arms,
+            "seeds": self.seeds,
+        }
         config = replace(
             BUDGETS[self.budget],
             form=self.form,
@@ -70,9 +74,7 @@ class Facts:
         if results is None:
             return 130
         print_results(results, console)
-        if find_spec("engram_lm.analysis.facts_page"):
-            path = import_module("engram_lm.analysis.facts_page").write_report(self.out)
-            console.print(f"\nReport: [bold]{path}[/bold] (open it in a browser)", soft_wrap=True)
+        console.print(f"\nReport: [bold]{write_report(self.out)}[/bold] (open it in a browser)", soft_wrap=True)
         return 0
 
 

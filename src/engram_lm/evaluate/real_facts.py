@@ -42,7 +42,7 @@ GEONAMES = {
         "{} is governed from",
         "The capital {} is governed from is",
     ),
-    "currency": ("People in {} pay in", "The currency of {} is the", "{} pays in", "In {}, people pay in"),
+    "currency": ("People in {} pay in", "The currency of {} is the", "{} pays in", "The people of {} pay in"),
     "continent": (
         "{} is a country in",
         "{} lies on the continent of",

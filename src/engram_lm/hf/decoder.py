@@ -81,7 +81,9 @@ def fingerprint(model: nn.Module, samples: int = 4096) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(_weights(find_decoder(model).stack, ""), key=lambda pair: pair[0]):
         if parameter.is_meta:
-            raise ConfigError(f"{name[1:]} is offloaded (on the meta device): a fingerprint needs the weights themselves.")
+            raise ConfigError(
+                f"{name[1:]} is offloaded (on the meta device): a fingerprint needs the weights themselves."
+            )
         digest.update(f"{name} {list(parameter.shape)}".encode())
         digest.update(_sample(parameter.detach(), samples).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -30,13 +30,13 @@ import numpy as np
 import torch
 
 from .. import config as configs
-from ..analysis.verdict import wilson
 from ..errors import ConfigError
 from ..evaluate.biographies import FORMS, Biographies, Form, invent
 from ..evaluate.capacity import answer, bits_stored
 from ..evaluate.controls import config_of_arm
 from ..evaluate.exposures import Exposures, FactSet
 from ..evaluate.real_facts import collect, encode, own_tokenizer, real_facts
+from ..evaluate.statistics import wilson
 from ..hashing import HashConfig, prime_sizes
 from ..memory import EngramConfig
 from ..model.attention import AttentionConfig
@@ -66,12 +66,12 @@ HOLDS = 0.9  # recall at which a model is said to hold facts
 
 MODEL = ModelConfig(
     vocab_size=1,  # the facts' tokenizer decides
-    dim=64,
+    dim=32,
     layers=2,
-    attention=AttentionConfig("gqa", heads=2, kv_heads=2, head_dim=32),
-    ffn_width=128,
+    attention=AttentionConfig("gqa", heads=1, kv_heads=1, head_dim=32),
+    ffn_width=64,
     memory=MemoryConfig(
-        HashConfig(orders=(2, 3), heads=4, rows_per_head=100_000, layers=(0,), pad_id=0), EngramConfig(row_dim=16)
+        HashConfig(orders=(2, 3), heads=4, rows_per_head=400_000, layers=(0,), pad_id=0), EngramConfig(row_dim=16)
     ),
 )
 
@@ -86,7 +86,7 @@ class FactsConfig:
     """Tell the same facts in every form of sentence."""
     real: str = ""
     """Grow real facts of this source too: a .jsonl, a directory of relations, or geonames."""
-    counts: tuple[int, ...] = (500, 1000, 2000, 4000, 8000, 16_000, 32_000, 64_000, 128_000)
+    counts: tuple[int, ...] = (125, 500, 2000, 4000, 8000, 16_000, 64_000, 256_000)
     """Facts to grow through; of real ones, those there are, and then all."""
     exposures: tuple[int, ...] = (10, 30, 100)
     """Times that each fact is told; a curve each."""
@@ -110,9 +110,9 @@ class FactsConfig:
     """First, middle and last names."""
     seeds: int = 1
     """Of people, weights and the order of sentences: 0, 1, ..."""
-    steps_per_epoch: int = 32
+    steps_per_epoch: int = 64
     """Steps in which every sentence comes once."""
-    min_batch: int = 64
+    min_batch: int = 16
     """Smallest batch; sizes whose batches would be smaller have fewer steps."""
     max_asked: int = 16_384
     """Facts that are asked about at most, of each kind of question."""
@@ -132,6 +132,8 @@ class FactsConfig:
     def __post_init__(self) -> None:
         if self.model.memory is None:
             raise ConfigError("a facts study starts from a model with a memory; this one has none to compare with.")
+        if not (self.curve or self.hard or self.real):
+            raise ConfigError("neither the curve nor hard cases nor real facts are asked for: nothing would be run.")
         for name in ("counts", "exposures", "arms", "hard_arms"):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):

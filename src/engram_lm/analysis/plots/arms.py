@@ -58,9 +58,10 @@ def slice_gains(results: Results, kind: str) -> str:
                 axes.plot(less["difference"], at, MARKERS[number], color=colour, markersize=4)
         _rows(axes, sliced["labels"], "loss less base’s, nats a token")
         _legend(axes, shown)
+        axes.set_title(kind, loc="left", fontsize=9, weight="bold", pad=10 + 12 * -(-len(shown) // 2))
 
     name = f"slices-{list(results['slices']).index(kind)}"
-    height = 0.9 + (0.16 + 0.11 * len(shown)) * len(sliced["labels"])
+    height = 1.1 + (0.16 + 0.11 * len(shown)) * len(sliced["labels"])
     return svg(name, f"Loss less base by {kind}", draw, (3.4, height))
 
 

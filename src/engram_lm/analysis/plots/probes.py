@@ -42,7 +42,7 @@ def gate_histograms(gates: Results) -> str:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("gate")
         axes.set_ylabel("share of tokens")
-        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
         axes.legend(frameon=False, fontsize=8)
 
     several = any(len(layer["streams"]) > 1 for layer in gates["layers"])
@@ -62,11 +62,11 @@ def row_reads(usage: Results) -> str:
         places = np.arange(len(histogram["reads"]))
         axes.bar(places - 0.2, np.array(histogram["rows"]) / usage["rows"], 0.38, color=CONTROL, label="of rows")
         axes.bar(places + 0.2, histogram["share_of_reads"], 0.38, color=ENGRAM, label="of reads")
-        axes.set_xticks(places, histogram["reads"], fontsize=8)
+        axes.set_xticks(places, histogram["reads"], fontsize=6.5)
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("reads of a row")
         axes.set_ylabel("share")
-        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
         axes.legend(frameon=False, fontsize=8)
 
     return svg("row_reads", "Rows by how often they are read", draw, PANEL)
@@ -136,7 +136,7 @@ def alignment(cka: Results) -> str:
                     linewidth=0,
                 )
                 if mine * theirs <= 200:
-                    axes.annotate(f"{value:.2f}".lstrip("0"), (column, row), ha="center", va="center", fontsize=7)
+                    axes.annotate(f"{value:.2f}".lstrip("0"), (column, row - 0.3), ha="center", va="center", fontsize=7)
         placed = [(place, row) for row, place in enumerate(cka["alignment"]) if place is not None]
         line(axes, placed, (ENGRAM, "solid"), marker="D", linewidth=1.2, markersize=3.5)
         axes.plot([0, min(mine, theirs) - 1], [0, min(mine, theirs) - 1], color=INK, linewidth=0.6, linestyle=DASHED)
