@@ -291,3 +291,11 @@ def test_seeds_are_pooled(tmp_path):
     assert found["interval"] == pytest.approx((0.686, 0.805), abs=0.001)
     assert found["value_bits"] == pytest.approx(100 * (4 - 1))  # all but one of four bits each
     assert found["bits"] == pytest.approx(found["value_bits"])  # of names nothing is known
+
+
+def test_a_memory_is_handed_the_rows_of_another_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "FLIPPED", 8)
+    curve = facts_study(replace(TINY, counts=(24,)), tmp_path, say=silent)["curve"]["2"]
+    flips = curve["engram"][0]["flips"]
+    assert flips["pairs"] + flips["same"] == 8
+    assert curve["iso_flop"][0]["flips"] is None

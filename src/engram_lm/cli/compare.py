@@ -34,6 +34,7 @@ class Compare:
 
     def run(self, console: Console) -> int:
         """Train, measure, write the report, print the table."""
+        from ..analysis.study import write_report
         from ..study.compare import compare
         from ..train.sources import standard_library
 
@@ -45,8 +46,6 @@ class Compare:
         if results is None:
             return 130
         print_table(results, console)
-        from ..analysis.study import write_report
-
         path = write_report(self.out)
         console.print(f"Report: [bold]{path}[/bold] (open it in a browser)", soft_wrap=True)
         return 0

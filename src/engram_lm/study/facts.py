@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from .. import config as configs
+from ..analysis.flip import Pair, flips
 from ..errors import ConfigError
 from ..evaluate.biographies import FORMS, Biographies, Form, invent
 from ..evaluate.capacity import answer, bits_stored
@@ -60,6 +61,7 @@ DESCRIPTIONS: dict[FactsArm, str] = {
     "second_layer": "the memory's rows shared out over two layers (the second branch costs FLOPs and parameters of its own)",
     "capacity_1": "the same branch, but every n-gram reads the same rows, one a head",
 }
+FLIPPED = 64  # pairs of people whose rows are exchanged
 HOLDS = 0.9  # recall at which a model is said to hold facts
 
 # --- the defaults of all facts studies ------------------------------------------------------------------------------
@@ -299,7 +301,11 @@ def hard_cases(config: FactsConfig, directory: Path, say: Callable[[str], None])
         by_arm = {arm: pooled([group[place] for group in seeds]) for place, arm in enumerate(config.hard_arms)}
         recalls[form] = {arm: {kind: one["recall"] for kind, one in kinds.items()} for arm, kinds in by_arm.items()}
         intervals[form] = {arm: {kind: one["interval"] for kind, one in kinds.items()} for arm, kinds in by_arm.items()}
-    return {"hard": recalls, "hard_intervals": intervals}
+    flips_of = {
+        form: {arm: measured[number * config.seeds][place]["flips"] for place, arm in enumerate(config.hard_arms)}
+        for number, form in enumerate(FORMS)
+    }
+    return {"hard": recalls, "hard_intervals": intervals, "hard_flips": flips_of}
 
 
 def growing_real(config: FactsConfig, directory: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -390,8 +396,28 @@ def measured(run: Training, facts: FactSet, limit: int) -> dict[str, Any]:
     for kind, questions in facts.questions(limit).items():
         answers = answer(run.model, run.lookup, questions)
         kinds[kind] = {"right": int(answers.right.sum()), "asked": len(answers.right), "loss": answers.loss}
-    names = answer(run.model, run.lookup, facts.name_tokens(limit)).loss if isinstance(facts, Biographies) else None
-    return {"kinds": kinds, "loss_name": names}
+    if not isinstance(facts, Biographies):
+        return {"kinds": kinds, "loss_name": None, "flips": None}
+    names = answer(run.model, run.lookup, facts.name_tokens(limit)).loss
+    return {"kinds": kinds, "loss_name": names, "flips": flipped(run, facts)}
+
+
+def flipped(run: Training, facts: Biographies) -> dict[str, Any] | None:
+    """What follows when the memory reads another name's rows at a name's last token (analysis/flip.py); None without a memory.
+
+    The rows that other tokens of the name read stay its own.
+    """
+    if run.lookup is None or facts.people < 2 * FLIPPED or facts.choices < 2:
+        return None
+    which = torch.arange(2 * FLIPPED) * facts.attributes  # the first attribute of so many people
+    rows = facts.statements(which, torch.zeros_like(which)).to(run.device)
+    prompts, values = rows[:, :-1], facts.values[:, 0].tolist()
+    last = facts.names.shape[1]  # behind the token that begins a document
+    pairs = [
+        Pair(prompts[a], prompts[b], last, (values[a], values[b]))
+        for a, b in zip(*[iter(range(2 * FLIPPED))] * 2, strict=True)
+    ]
+    return flips(run.model, run.lookup, pairs)
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -429,6 +455,7 @@ def point(job: Job, facts: FactSet, seeds: Sequence[dict[str, Any]]) -> dict[str
         "interval": first["interval"],
         "seeds": first["seeds"],
         "kinds": {kind: one["recall"] for kind, one in kinds.items()},
+        "flips": seeds[0].get("flips"),
         "loss_value": first["loss"],
         "loss_name": loss_name,
         "bits": bits,
