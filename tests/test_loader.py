@@ -132,6 +132,13 @@ def test_a_permutation_permutes(n, seed, epoch):
     assert sorted(permuted(np.arange(n), n, (seed, epoch)).tolist()) == list(range(n))
 
 
+def test_the_first_batches_are_those_that_next_gives():
+    loader = Loader(split_of([30, 50, 7]), 4, 10, seed=3)
+    expected = [batch for batch, _ in batches(loader, LoaderState(), 7)]
+    assert all(map(same, loader.first(7), expected))
+    assert len(list(loader.first(7))) == 7
+
+
 def test_a_permutation_has_no_pattern():
     """Neighbours land far apart, and no step between them is common, as in a random order."""
     n = 10_000

@@ -16,9 +16,9 @@ from engram_lm.analysis import probes
 from engram_lm.analysis.gates import GateView
 from engram_lm.analysis.knockout import knock_outs
 from engram_lm.analysis.probes import compare_runs, evaluate_once, excerpt, probe
-from engram_lm.cli.probe import Probe, read_batches
+from engram_lm.cli.probe import Probe
 from engram_lm.errors import DataError, MismatchError
-from engram_lm.train.loader import Loader, LoaderState, windows
+from engram_lm.train.loader import Loader, windows
 from engram_lm.train.loop import Training
 from engram_lm.train.run import build_lookup, fit_vocabulary, load_run, prepare_text
 from engram_lm.train.tokenizer import tokenizer_digest
@@ -74,7 +74,7 @@ def test_seconds_are_of_the_parts_and_of_a_whole_evaluation(runs, monkeypatch):
         run.model,
         run.lookup,
         data.val,
-        read_batches(data.train, run.config, 2),
+        Loader(data.train, run.config.batch_size, run.config.length, run.config.seed).first(2),
         run.tokenizer,
         batch_size=4,
         length=10,
@@ -90,15 +90,6 @@ def test_seconds_are_of_the_parts_and_of_a_whole_evaluation(runs, monkeypatch):
     limited = sum(int((batch.targets >= 0).sum()) for batch in windows(data.val, 4, 10, sampled))
     assert found["knockout"]["tokens"] == limited
     assert found["gate_view"]["source"].startswith("from held-out document")
-
-
-def test_the_text_that_was_read_is_replayed(runs):
-    _, data = runs
-    settings = tiny.config()
-    loader, state = Loader(data.train, 4, 10, settings.seed), LoaderState()
-    for batch in read_batches(data.train, settings, 3):
-        expected, state = loader.next(state)
-        assert torch.equal(batch.tokens, expected.tokens)
 
 
 def test_an_excerpt_is_of_a_document_that_is_long_enough():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from tyro.conf import Positional
 
-from ..train.loader import Batch, Loader, LoaderState
-from ..train.loop import TrainConfig
-from ..train.shards import Split
+from ..train.loader import Loader
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Probe:
                 trained.model,
                 trained.lookup,
                 data.val,
-                read_batches(data.train, config, trained.step),
+                Loader(data.train, config.batch_size, config.length, config.seed).first(trained.step),
                 tokenizer,
                 batch_size=config.batch_size,
                 length=config.length,
@@ -74,14 +71,6 @@ class Probe:
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         console.print(f"Wrote {out}", soft_wrap=True)
         return 0
-
-
-def read_batches(split: Split, config: TrainConfig, steps: int) -> Iterator[Batch]:
-    """The batches that a run of so many steps was trained on."""
-    loader, state = Loader(split, config.batch_size, config.length, config.seed), LoaderState()
-    for _ in range(steps):
-        batch, state = loader.next(state)
-        yield batch
 
 
 def show(console: Console, found: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tyro.conf import arg
 
 from .. import config as configs
-from ..analysis.probes import compare_runs, probe
+from ..analysis.probes import compare_runs, probe, timed
 from ..errors import ConfigError
 from ..evaluate.controls import ARMS, DESCRIPTIONS, Arm, config_of_arm
 from ..evaluate.loss import bytes_of_tokens, measure, measure_tokens
@@ -34,7 +34,7 @@ from ..model.lm import LanguageModel
 from ..model.lookup import Lookup, build_vocabulary
 from ..train import checkpoint as checkpoints
 from ..train.bootstrap import ratio_interval
-from ..train.loader import Batch, Loader, LoaderState, windows
+from ..train.loader import Batch, Loader, windows
 from ..train.loop import TrainConfig, Training
 from ..train.precision import autocast
 from ..train.run import fit_vocabulary, load_run, prepare_text
@@ -97,14 +97,13 @@ class Text:
         memory = self.config.train.model.memory
         assert memory is not None
         vocabulary = build_vocabulary(memory.hash, self.tokenizer)
-        return slicings(self.held_out(), self.was_read(seed), self.tokenizer, vocabulary, memory.hash.orders)
-
-    def was_read(self, seed: int) -> Iterator[Batch]:
-        """The training batches that a run of this seed has read."""
-        loader, state = self.loader(seed), LoaderState()
-        for _ in range(self.config.train.steps):
-            batch, state = loader.next(state)
-            yield batch
+        return slicings(
+            self.held_out(),
+            self.loader(seed).first(self.config.train.steps),
+            self.tokenizer,
+            vocabulary,
+            memory.hash.orders,
+        )
 
 
 def compare(
@@ -234,13 +233,17 @@ def probes(text: Text, out: Path) -> dict[str, Any]:
             engram.model,
             engram.lookup,
             text.data.val,
-            text.was_read(seed),
+            text.loader(seed).first(train.steps),
             text.tokenizer,
             batch_size=EVAL_BATCH,
             length=train.length,
             tokens=train.steps * train.batch_size * train.length,
         )
-        return found | compare_runs(engram, base, text.data.val, ("engram", "base"))
+        seconds = found["seconds"]
+        with timed(seconds, "layers"):
+            found |= compare_runs(engram, base, text.data.val, ("engram", "base"))
+        seconds["ratio"] += seconds["layers"] / seconds["evaluation"]
+    return found
 
 
 def _summary(arm: Arm, measured: dict[Arm, list[dict[str, Any]]], sizes: dict[Arm, Count]) -> dict[str, Any]:

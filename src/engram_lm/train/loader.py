@@ -85,6 +85,13 @@ class Loader:
         after = LoaderState(*divmod(state.epoch * n + state.index + self.batch_size, n))
         return _batch(self.split, np.concatenate(window), self.length), after
 
+    def first(self, batches: int) -> Iterator[Batch]:
+        """The first so many batches: what a run of so many steps has read."""
+        state = LoaderState()
+        for _ in range(batches):
+            batch, state = self.next(state)
+            yield batch
+
 
 def windows(split: Split, batch_size: int, length: int, limit: int | None = None) -> Iterator[Batch]:
     """The split's windows in order, for evaluation, or `limit` of them spread evenly; all of them hold each target once.
