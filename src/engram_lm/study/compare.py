@@ -39,7 +39,7 @@ from ..train.loop import TrainConfig, Training
 from ..train.precision import autocast
 from ..train.run import fit_vocabulary, load_run, prepare_text
 from ..train.shards import TokenData
-from .runs import Job, environment, run_jobs, step_ratio
+from .runs import Job, document_losses, environment, run_jobs, step_ratio
 
 Say = Callable[[str], None]
 EVAL_BATCH = 32
@@ -249,7 +249,7 @@ def probes(text: Text, out: Path) -> dict[str, Any]:
 def _summary(arm: Arm, measured: dict[Arm, list[dict[str, Any]]], sizes: dict[Arm, Count]) -> dict[str, Any]:
     """One arm in results.json."""
     own, size, first = measured[arm], sizes[arm], measured[arm][0]
-    nats, tokens = _nats(own)
+    nats, tokens = document_losses(own)
     bits = nats.mean(0).sum() / np.log(2) / sum(first["documents"]["bytes"])
     against = _against(arm, measured, sizes)
     return {
@@ -271,15 +271,9 @@ def _summary(arm: Arm, measured: dict[Arm, list[dict[str, Any]]], sizes: dict[Ar
     }
 
 
-def _nats(measured: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of each seed and document [S, D], and the documents' tokens [D]."""
-    documents = [one["documents"] for one in measured]
-    return np.array([one["nats"] for one in documents]), np.array(documents[0]["tokens"], np.float64)
-
-
 def _less(own: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
     """An arm's loss less another's: paired over documents, and over seeds."""
-    (mine, tokens), (theirs, _) = _nats(own), _nats(other)
+    (mine, tokens), (theirs, _) = document_losses(own), document_losses(other)
     change, interval = over_documents(mine, theirs, tokens)
     seeds = (mine - theirs).sum(1) / tokens.sum()
     spread = over_seeds(seeds)

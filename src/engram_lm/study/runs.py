@@ -170,6 +170,12 @@ def _side_by_side(jobs: Sequence[Job], stopped: Callable[[], bool], progress: Pr
     return True
 
 
+def document_losses(measured: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Nats [S, D] and tokens [D] by document, of what each seed's measurement left as "documents"."""
+    documents = [one["documents"] for one in measured]
+    return np.array([one["nats"] for one in documents]), np.array(documents[0]["tokens"], np.float64)
+
+
 def step_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
     """Median over steps of the time against another run's at the same moment: runs of a group take turns."""
     return float(np.median(np.array(seconds) / np.array(base)))

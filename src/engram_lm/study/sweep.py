@@ -42,7 +42,7 @@ from ..train.run import fit_vocabulary, prepare_text
 from ..train.shards import TokenData
 from . import paper
 from .fits import log_linear, u_curve
-from .runs import Job, environment, run_jobs
+from .runs import Job, document_losses, environment, run_jobs
 
 Say = Callable[[str], None]
 EVAL_BATCH = 32
@@ -326,12 +326,6 @@ def _data(shards: TokenData, train: TrainConfig, measured: dict[str, Any]) -> di
         "held_out_documents": len(measured["documents"]["tokens"]),
         "read_tokens": train.steps * train.batch_size * train.length,
     }
-
-
-def document_losses(measured: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of each seed and document [S, D], and the documents' tokens [D]."""
-    documents = [one["documents"] for one in measured]
-    return np.array([one["nats"] for one in documents]), np.array(documents[0]["tokens"])
 
 
 def size_ratios(size: Count, base: Count) -> dict[str, float]:
