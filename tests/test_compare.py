@@ -10,6 +10,8 @@ from test_cli import SMALL, call, engram  # noqa: F401  (a fixture)
 from engram_lm.errors import ConfigError, DataError, MismatchError
 from engram_lm.evaluate.controls import ARMS
 from engram_lm.study.compare import CompareConfig, compare, distinct_arms
+from engram_lm.study.facts import FactsConfig, facts_study
+from engram_lm.study.sweep import MemorySweep, sweep
 
 CONFIG = CompareConfig(
     tiny.config(replace(tiny.ENGRAM, vocab_size=280), keep_checkpoints=1),
@@ -93,12 +95,22 @@ def test_more_arms_join_a_finished_comparison(finished, texts):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"steps": 7}, "config.steps: 6 then, 7 now"), ({"batch_size": 2}, "batch_size")],
+    [({"steps": 7}, "train.steps: 6 then, 7 now"), ({"batch_size": 2}, "batch_size")],
 )
 def test_another_configuration_is_refused(finished, texts, change, named):
     other = replace(CONFIG, train=replace(CONFIG.train, **change))
     with pytest.raises(MismatchError, match=named):
         compare(other, texts, finished[0], say=lambda line: None)
+
+
+def test_a_directory_holds_one_study(finished, texts):
+    out, results = finished
+    with pytest.raises(MismatchError, match="kind: 'compare' then, 'facts' now"):
+        facts_study(FactsConfig(counts=(24,)), out, say=lambda line: None)
+    rows = (11, 23, 47, 97)
+    with pytest.raises(MismatchError, match="kind: 'compare' then, 'memory' now"):
+        sweep(MemorySweep(CONFIG.train, rows), texts, out, say=lambda line: None)
+    assert json.loads((out / "results.json").read_text())["arms"].keys() >= results["arms"].keys()
 
 
 def test_another_text_is_refused(finished, tmp_path):

@@ -31,7 +31,8 @@ from .usage import usage_of
 
 SHARE = 0.2  # of an evaluation's forward passes that the probes may take; counting n-grams and rows comes on top
 VIEWED = 160  # tokens of the gate view
-COMPARED = 128  # windows on which two models are compared
+COMPARED = 96  # windows on which two models are compared
+READ = 8192  # tokens that are read through the logit lens
 
 
 def probe(
@@ -109,7 +110,8 @@ def compare_runs(one: TrainedModel, other: TrainedModel, held_out: Split, names:
     batches = list(windows(held_out, one.config.batch_size, one.config.length, COMPARED))
     return {
         "lens": {
-            name: logit_lens(run.model, run.lookup, batches) for name, run in zip(names, (one, other), strict=True)
+            name: logit_lens(run.model, run.lookup, batches, max_tokens=READ)
+            for name, run in zip(names, (one, other), strict=True)
         },
         "cka": compare_models(one.model, one.lookup, other.model, other.lookup, batches),
     }

@@ -1,7 +1,7 @@
 """`engram-lm compare`: arms that differ in one thing, several seeds, the same batches, and what they are equal in.
 
 OUT/
-  compare.json                      what was asked for
+  study.json                        what all arms share
   tokenizer.json  shards/           the text
   arms/NAME/seed-S/                 a run each; measured.json when it is finished
   results.json                      everything that the report shows
@@ -39,7 +39,7 @@ from ..train.loop import TrainConfig, Training
 from ..train.precision import autocast
 from ..train.run import fit_vocabulary, load_run, prepare_text
 from ..train.shards import TokenData
-from .runs import Job, document_losses, environment, run_jobs, step_ratio
+from .runs import Job, document_losses, environment, keep_settings, run_jobs, step_ratio
 
 Say = Callable[[str], None]
 EVAL_BATCH = 32
@@ -127,7 +127,8 @@ def compare(
     config = replace(config, train=fit_vocabulary(config.train, made))
     text = Text(shards, made, config, bytes_of_tokens(made))
     runs, same = distinct_arms(config)
-    checkpoints.write_whole(out / "compare.json", configs.to_json(config))
+    shared = {"kind": "compare", "train": configs.to_dict(config.train), "eval_windows": config.eval_windows}
+    keep_settings(out, shared)
     say(
         f"{len(runs)} arms x {config.seeds} seeds, {config.train.steps:,} steps of "
         f"{config.train.batch_size * config.train.length:,} tokens each, on identical batches of {shards.meta.source}"

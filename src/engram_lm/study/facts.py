@@ -48,8 +48,7 @@ from ..train.loop import TrainConfig, Training
 from ..train.optim import OptimConfig
 from ..train.precision import Precision
 from ..train.run import fit_vocabulary
-from .compare import environment
-from .runs import Job, run_jobs
+from .runs import Job, environment, keep_settings, run_jobs
 
 FactsArm = Literal["base", "iso_flop", "engram", "no_convolution", "second_layer", "capacity_1"]
 ARMS: tuple[FactsArm, ...] = get_args(FactsArm)
@@ -190,6 +189,7 @@ def facts_study(
     """
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
+    keep_settings(out, {"kind": "facts"})  # its runs know the rest, and curves and forms may join later
     results: dict[str, Any] = {"arms": DESCRIPTIONS}
     parts: list[tuple[bool, Callable[[], dict[str, Any] | None]]] = [
         (config.curve, lambda: growing(config, out / "curve", made_up(config), config.counts, say)),

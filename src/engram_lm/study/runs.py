@@ -1,5 +1,6 @@
 """The runs of a study: each trained, measured once, and never mixed with those of another configuration.
 
+OUT/study.json     what all of them share
 DIRECTORY/         one job
   config.json  metrics.jsonl  checkpoints/     as any run has them
   measured.json                                written last: what was asked for, and what was measured
@@ -113,6 +114,20 @@ class Job:
             for checkpoint in checkpoints.checkpoints(self.directory / "checkpoints"):
                 checkpoints.discard(checkpoint)
         return measured
+
+
+def keep_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write down in OUT/study.json what all runs of a study share. Raises MismatchError when that was something else before."""
+    given, path = json.loads(json.dumps(settings)), out / "study.json"
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(saved, given)]
+        if changed:
+            raise MismatchError(
+                f"{out} holds another study ({'; '.join(changed)}): runs of two configurations would have been compared as one. "
+                "Choose another --out."
+            )
+    checkpoints.write_whole(path, json.dumps(given, indent=1, sort_keys=True))
 
 
 def run_jobs(groups: Sequence[Sequence[Job]]) -> list[list[dict[str, Any]]] | None:

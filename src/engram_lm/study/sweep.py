@@ -4,7 +4,7 @@ memory        one backbone, the same batches, tables of many sizes: loss against
 allocation    equal parameters and equal FLOPs at every point: loss against the experts' share     (paper 3.1, figure 3 left)
 
 OUT/
-  sweep.json                        what all points share
+  study.json                        what all points share
   tokenizer.json  shards/           the text
   points/NAME/seed-S/               a run each; measured.json when it is finished
   results.json                      points, fits, and the paper's curves under the same fits
@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .. import config as configs
-from ..errors import ConfigError, MismatchError
+from ..errors import ConfigError
 from ..evaluate.controls import config_of_arm
 from ..evaluate.loss import bytes_of_tokens, measure
 from ..evaluate.statistics import over_documents, over_seeds
@@ -37,12 +37,12 @@ from ..model.presets import get_preset
 from ..train import checkpoint as checkpoints
 from ..train.bootstrap import ratio_interval
 from ..train.loader import Loader, windows
-from ..train.loop import TrainConfig, Training, differences
+from ..train.loop import TrainConfig, Training
 from ..train.run import fit_vocabulary, prepare_text
 from ..train.shards import TokenData
 from . import paper
 from .fits import log_linear, u_curve
-from .runs import Job, document_losses, environment, run_jobs
+from .runs import Job, document_losses, environment, keep_settings, run_jobs
 
 Say = Callable[[str], None]
 EVAL_BATCH = 32
@@ -239,7 +239,8 @@ def sweep(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds {tuple(seeds)} must be one or more different numbers.")
     shards, tokenizer = prepare_text(data, out, vocab_size=asked.train.model.vocab_size, say=say)
-    keep_settings(asked, out)
+    shared = {"kind": asked.kind, "train": configs.to_dict(asked.train), "eval_windows": asked.eval_windows}
+    keep_settings(out, shared)
     train = fit_vocabulary(asked.train, tokenizer)
     points = asked.points(train)
     sizes = [size_of(point.config.model, context=train.length) for point in points]
@@ -267,21 +268,6 @@ def sweep(
     }
     checkpoints.write_whole(out / "results.json", json.dumps(results, indent=1))
     return results
-
-
-def keep_settings(asked: Sweep, out: Path) -> None:
-    """Write down what all points share. Raises MismatchError when that was something else before."""
-    shared = {"kind": asked.kind, "train": configs.to_dict(asked.train), "eval_windows": asked.eval_windows}
-    settings, path = json.loads(json.dumps(shared)), out / "sweep.json"
-    if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{key}: {old!r} then, {new!r} now" for key, old, new in differences(saved, settings)]
-        if changed:
-            raise MismatchError(
-                f"{out} holds another sweep ({'; '.join(changed)}): points of two configurations would have been fitted as "
-                "one. Choose another --out."
-            )
-    checkpoints.write_whole(path, json.dumps(settings, indent=1, sort_keys=True))
 
 
 def _job(point: Point, seed: int, data: TokenData, tokenizer: Tokenizer, eval_windows: int, out: Path) -> Job:
