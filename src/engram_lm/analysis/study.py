@@ -175,7 +175,7 @@ def _slice_table(sliced: Results) -> str:
             percent(sliced["share"][number]),
             f"{base['loss'][number]:.3f}",
             signed(gain),
-            "" if part is None else f"{100 * part:.0f} %".replace("-", "\N{MINUS SIGN}"),
+            "" if part is None else f"{round(100 * part)} %".replace("-", "\N{MINUS SIGN}"),
         ]
 
     return table(columns, [""] * len(columns), [[row(number, label) for number, label in enumerate(sliced["labels"])]])
