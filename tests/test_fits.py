@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
-from engram_lm.evaluate.statistics import student_t
+from engram_lm.statistics import student_t
 from engram_lm.study import paper
 from engram_lm.study.fits import fit_polynomial, log_linear, stationary_interval, u_curve
 

@@ -5,9 +5,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from engram_lm.analysis import verdict
 from engram_lm.analysis.flip import Pair, flip, flips
 from engram_lm.errors import DataError, MismatchError
+from engram_lm.statistics import wilson
 
 ANSWERS = (7, 9)
 
@@ -88,7 +88,7 @@ def test_pairs_are_counted_together():
     found = flips(model, lookup, [there, same, back, nothing])
     assert (found["pairs"], found["same"]) == (3, 1)
     assert found["right"] == found["flipped"] == pytest.approx(2 / 3)
-    assert found["right_interval"] == found["flipped_interval"] == list(verdict.wilson(2 / 3, 3))
+    assert found["right_interval"] == found["flipped_interval"] == list(wilson(2 / 3, 3))
     shifts = torch.tensor([one["shift"] for one in each])
     assert found["shift"] == pytest.approx(float(shifts.mean()))
     assert found["shift_error"] == pytest.approx(float(shifts.std() / 3**0.5))

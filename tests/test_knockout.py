@@ -14,7 +14,7 @@ from engram_lm.analysis.probes import evaluate_once
 from engram_lm.errors import DataError, MismatchError
 from engram_lm.memory import Engram
 from engram_lm.model import LanguageModel
-from engram_lm.train.bootstrap import ratio_interval
+from engram_lm.statistics import ratio_interval
 from engram_lm.train.loader import Batch, windows
 from engram_lm.train.precision import autocast
 

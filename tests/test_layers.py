@@ -13,7 +13,7 @@ SOURCE = Path(engram_lm.__file__).parent
 FLOORS = (
     {"__init__"},
     {"errors"},
-    {"config", "kernels"},
+    {"config", "kernels", "statistics"},
     {"tokens", "hashing", "memory", "tables"},
     {"model"},
     {"train", "generate"},

@@ -14,7 +14,7 @@ from engram_lm.analysis import lens
 from engram_lm.analysis.hidden import hidden_states
 from engram_lm.analysis.lens import document_sums, logit_lens, predictions
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.train.bootstrap import ratio_interval
+from engram_lm.statistics import ratio_interval
 from engram_lm.train.loader import Batch, windows
 
 

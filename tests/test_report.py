@@ -24,6 +24,7 @@ from engram_lm.analysis.report import (
     render,
     write_report,
 )
+from engram_lm.statistics import wilson
 
 EVIL = "<script>alert('x')</script> & \"q\" $style ${x} \x00\x1b[31m\u202e \udc80 你好 🐼"
 
@@ -242,10 +243,10 @@ def test_facts_verdict_follows_the_figures(base, engram, says):
 
 
 def test_wilson_interval_of_a_known_case():
-    low, high = verdict.wilson(0.5, 100)  # Newcombe 1998: 0.4038 to 0.5962
+    low, high = wilson(0.5, 100)  # Newcombe 1998: 0.4038 to 0.5962
     assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)
-    assert verdict.wilson(1.0, 40)[1] == pytest.approx(1.0)
-    assert verdict.wilson(0.0, 40)[0] == pytest.approx(0.0)
+    assert wilson(1.0, 40)[1] == pytest.approx(1.0)
+    assert wilson(0.0, 40)[0] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(

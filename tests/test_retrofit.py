@@ -29,7 +29,7 @@ from engram_lm.hf.base import DocumentLosses, load_base, measure, positions
 from engram_lm.hf.cartridge import mount
 from engram_lm.hf.config import RetrofitConfig
 from engram_lm.hf.retrofit import retrofit
-from engram_lm.train.bootstrap import ratio_interval
+from engram_lm.statistics import ratio_interval
 from engram_lm.train.loader import Batch, windows
 from engram_lm.train.loop import read_metrics
 from engram_lm.train.shards import open_shards

@@ -26,8 +26,8 @@ from engram_lm.evaluate.slices import (
 )
 from engram_lm.hashing import hash_ngrams
 from engram_lm.model.lookup import build_plan
+from engram_lm.statistics import ratio_interval
 from engram_lm.tokens import CanonicalVocabulary
-from engram_lm.train.bootstrap import ratio_interval
 from engram_lm.train.loader import Batch, Loader, LoaderState, windows
 from engram_lm.train.ngrams import Positions
 from engram_lm.train.shards import split_in_memory

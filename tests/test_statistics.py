@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from engram_lm.errors import DataError, MismatchError
-from engram_lm.evaluate.statistics import over_documents, over_seeds, student_t, wilson, within
-from engram_lm.train.bootstrap import ratio_interval
+from engram_lm.statistics import over_documents, over_seeds, ratio_interval, student_t, wilson, within
 
 # Two-sided 95 % quantiles as in any table, for example NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2
 TABLE = {

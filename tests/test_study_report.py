@@ -17,6 +17,7 @@ from engram_lm.analysis import facts_page, plots, study, study_verdict, sweep_pa
 from engram_lm.analysis.differences import number, outcome, signed
 from engram_lm.analysis.plots import style
 from engram_lm.analysis.plots.sweep import band
+from engram_lm.statistics import wilson
 from engram_lm.study.fits import log_linear, u_curve
 
 ENVIRONMENT = {"machine": "Linux x86_64, 2 cores", "device": "cpu", "threads": 2, "versions": {"torch": "2.13.0"}}
@@ -219,7 +220,7 @@ def make_facts(times: float = 40.0) -> dict:
             {
                 "facts": facts,
                 "recall": (recall := 1 / (1 + (facts / crossing[arm] / 1.7) ** 4)),
-                "interval": list(verdict.wilson(recall, 4000)),
+                "interval": list(wilson(recall, 4000)),
                 "bits_per_parameter": 0.1,
                 "bits_per_active": 0.5,
             }

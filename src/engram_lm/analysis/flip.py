@@ -19,8 +19,8 @@ from torch import Tensor
 from ..errors import DataError
 from ..model.lm import LanguageModel
 from ..model.lookup import Lookup
+from ..statistics import wilson
 from .capture import evaluating, memories
-from .verdict import wilson
 
 
 @dataclass(frozen=True)

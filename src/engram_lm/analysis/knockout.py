@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..model.lm import LanguageModel
 from ..model.lookup import Lookup
-from ..train.bootstrap import ratio_interval
+from ..statistics import ratio_interval
 from ..train.loader import Batch
 from ..train.loop import on
 from .capture import evaluating, memories

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError, DataError
 from ..model.lm import LanguageModel
 from ..model.lookup import Lookup
-from ..train.bootstrap import ratio_interval
+from ..statistics import ratio_interval
 from ..train.loader import Batch
 from .hidden import hidden_states
 

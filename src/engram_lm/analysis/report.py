@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import config
+from ..statistics import wilson
 from . import plots, verdict
 from .gate_section import gate_section
 from .markup import Row, asset, definitions, figure, fill, headline, script_hash, table, text
@@ -151,7 +152,7 @@ def _facts_table(act: FactsAct) -> str:
     arms = (act.base, act.engram)
 
     def final(arm: FactsArm) -> str:
-        low, high = verdict.wilson(arm.final, act.questions)
+        low, high = wilson(arm.final, act.questions)
         return f"{percent(arm.final)} ({percent(low)} to {percent(high)})"
 
     def reached(arm: FactsArm) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
+from ..statistics import wilson
 from .record import Arm, FactsAct, LanguageAct
 
 Outcome = Literal["better", "worse", "same"]
@@ -98,14 +98,6 @@ def facts(act: FactsAct) -> str:
     if base_low > engram_high:
         return f"{summary} In this run the memory did not help: the model without it recalls more."
     return f"{summary} The difference is within its uncertainty: this run shows no effect of the memory."
-
-
-def wilson(share: float, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share measured in independent trials."""
-    z = 1.96
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def percent(share: float) -> str:

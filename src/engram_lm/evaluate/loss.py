@@ -18,12 +18,11 @@ from torch import Tensor
 from ..errors import MismatchError
 from ..model.lm import LanguageModel
 from ..model.lookup import Lookup
+from ..statistics import NORMAL_95
 from ..tokens import piece_bytes
 from ..train.loader import Batch
 from ..train.loop import on
 from ..train.ngrams import Positions
-
-NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True)

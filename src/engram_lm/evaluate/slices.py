@@ -24,11 +24,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..errors import MismatchError
+from ..statistics import over_documents
 from ..tokens import CanonicalVocabulary
 from ..train.loader import Batch
 from ..train.ngrams import Positions, seen_ngrams
 from .loss import TokenLosses, pieces_of_tokens
-from .statistics import over_documents
 
 TIMES_SEEN = (0, 1, 4, 32)  # where slices begin
 CONTEXT = (1, 4, 16, 64, 256, 1024, 4096)

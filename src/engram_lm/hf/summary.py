@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from .. import __version__
-from ..train.bootstrap import ratio_interval
+from ..statistics import ratio_interval
 from .base import DocumentLosses
 
 

@@ -28,12 +28,11 @@ from ..errors import ConfigError
 from ..evaluate.controls import ARMS, DESCRIPTIONS, Arm, config_of_arm
 from ..evaluate.loss import bytes_of_tokens, measure, measure_tokens
 from ..evaluate.slices import Slicing, compare_slices, slice_losses, slicings
-from ..evaluate.statistics import over_documents, over_seeds
 from ..model.count import Count, count
 from ..model.lm import LanguageModel
 from ..model.lookup import Lookup, build_vocabulary
+from ..statistics import over_documents, over_seeds, ratio_interval
 from ..train import checkpoint as checkpoints
-from ..train.bootstrap import ratio_interval
 from ..train.loader import Batch, Loader, windows
 from ..train.loop import TrainConfig, Training
 from ..train.precision import autocast

@@ -37,12 +37,12 @@ from ..evaluate.capacity import answer, bits_stored
 from ..evaluate.controls import config_of_arm
 from ..evaluate.exposures import Exposures, FactSet
 from ..evaluate.real_facts import collect, encode, own_tokenizer, real_facts
-from ..evaluate.statistics import wilson
 from ..hashing import HashConfig, prime_sizes
 from ..memory import EngramConfig
 from ..model.attention import AttentionConfig
 from ..model.count import count
 from ..model.lm import MemoryConfig, ModelConfig
+from ..statistics import wilson
 from ..train import checkpoint as checkpoints
 from ..train.loop import TrainConfig, Training
 from ..train.optim import OptimConfig

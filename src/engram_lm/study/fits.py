@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from ..evaluate.statistics import over_seeds, student_t
+from ..statistics import over_seeds, student_t
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from .. import config as configs
 from ..errors import ConfigError
 from ..evaluate.controls import config_of_arm
 from ..evaluate.loss import bytes_of_tokens, measure
-from ..evaluate.statistics import over_documents, over_seeds
 from ..hashing import HashConfig, HashPlan
 from ..memory import EngramConfig
 from ..model.attention import AttentionConfig
@@ -34,8 +33,8 @@ from ..model.count import Count, count
 from ..model.ffn import MoEConfig
 from ..model.lm import MemoryConfig, ModelConfig
 from ..model.presets import get_preset
+from ..statistics import over_documents, over_seeds, ratio_interval
 from ..train import checkpoint as checkpoints
-from ..train.bootstrap import ratio_interval
 from ..train.loader import Loader, windows
 from ..train.loop import TrainConfig, Training
 from ..train.run import fit_vocabulary, prepare_text

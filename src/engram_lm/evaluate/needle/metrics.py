@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ...errors import DataError
-
-NORMAL_95 = 1.959964
+from ...statistics import ratio_interval, wilson
 
 
 def found(output: str, references: Sequence[str]) -> list[bool]:
@@ -64,20 +62,6 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
     Wilson's does not shrink to a point when every sample failed. It says nothing about other seeds of the model.
     """
-    return wilson(sum(scores), len(scores)) if set(scores) <= {0.0, 1.0} else bootstrap(scores)
-
-
-def wilson(hits: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share of `count` trials (JASA 22, 1927)."""
-    share, z = hits / count, NORMAL_95
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def bootstrap(scores: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean over resampled samples; the same scores give the same interval."""
-    rng = np.random.default_rng(0)
-    means = np.asarray(scores)[rng.integers(len(scores), size=(resamples, len(scores)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    if set(scores) <= {0.0, 1.0}:
+        return wilson(sum(scores) / len(scores), len(scores))
+    return ratio_interval(np.array(scores), np.ones(len(scores))) or (0.0, 1.0)
