@@ -241,6 +241,7 @@ def make_facts(times: float = 40.0) -> dict:
         },
         "long": {"iso_flop": {"direct": 0.5}, "engram": {"direct": 0.2}, "no_convolution": {"direct": 0.2}},
     }
+    flips = {"pairs": 63, "same": 1, "right": 0.984, "flipped": 0.25, "shift": -3.21}
     run = {name: value for name, value in RUN.items() if name != "minutes"}
     curves = {
         "curve": {exposures: {arm: points(arm) for arm in crossing} for exposures in told},
@@ -259,6 +260,9 @@ def make_facts(times: float = 40.0) -> dict:
         "hard_intervals": {
             form: {arm: {kind: [r - 0.02, r + 0.02] for kind, r in kinds.items()} for arm, kinds in arms.items()}
             for form, arms in hard.items()
+        },
+        "hard_flips": {
+            form: {"iso_flop": None, "engram": flips} for form, flips in (("single", flips), ("long", None))
         },
         "real": {**curves, "source": "cities.jsonl", "facts": 4000, "skipped": {"without an answer": 3}},
     }
@@ -495,6 +499,12 @@ def test_facts_say_who_holds_how_many_and_where_the_memory_does_not_help():
     assert said[2].startswith("The memory recalls less")
     assert "long: direct" in said[2]
     assert said[3].startswith("Without the convolution, recall is lower in single: direct")
+
+
+def test_flips_are_shown_where_they_were_tried():
+    page = all_pages()["facts"]
+    assert f"<td>98.4{verdict.THIN}%</td><td>25{verdict.THIN}%</td><td>{verdict.MINUS}3.2</td><td>63</td>" in page
+    assert "Causal flips" not in facts_page.render({n: v for n, v in make_facts().items() if n != "hard_flips"})
 
 
 def test_a_memory_that_holds_nothing_is_said_to():

@@ -11,9 +11,13 @@ from typing import Any
 from . import plots
 from .markup import Row, asset, definitions, fill, headline, panels, paragraphs, table, text
 from .study import CLASSES, run_items
-from .verdict import percent, quantity, times
+from .verdict import MINUS, percent, quantity, times
 
 Results = dict[str, Any]
+FLIPS = (
+    "Causal flips in the engram arm: two people are asked about the same attribute, and where the first one's name ends the memory is "
+    "handed the rows that the second one's name reads there. Does the answer move towards the second one's?"
+)
 BASES = ("iso_flop", "base")  # what the memory is compared with: the first that is there
 FORMS = {  # of sentences, for who has not read evaluate/biographies.py
     "single": "a name of three tokens and one fact, a sentence each",
@@ -193,9 +197,32 @@ def _hard(results: Results) -> str:
     return fill(
         "hard.html",
         verdict=paragraphs(hard_verdict(results)),
+        flips=_flips(results),
         table=table(columns, [*(CLASSES.get(name, "") for name in names), ""], groups),
         forms=forms,
     )
+
+
+def _flips(results: Results) -> str:
+    """Each form's flips in the engram arm; nothing where none were tried."""
+    tried = {form: arms.get("engram") for form, arms in results.get("hard_flips", {}).items()}
+    rows: list[Row] = [
+        (
+            form,
+            [
+                percent(one["right"]),
+                percent(one["flipped"]),
+                f"{one['shift']:+.1f}".replace("-", MINUS),
+                str(one["pairs"]),
+            ],
+        )
+        for form, one in tried.items()
+        if one
+    ]
+    if not rows:
+        return ""
+    columns = ["towards the other's answer", "the other's answer in front", "shift, logits", "pairs"]
+    return f'<div class="scroll">{table(columns, [""] * len(columns), [rows])}</div><p class="note">{text(FLIPS)}</p>'
 
 
 def hard_verdict(results: Results) -> list[str]:
