@@ -503,7 +503,7 @@ def test_facts_say_who_holds_how_many_and_where_the_memory_does_not_help():
 
 def test_flips_are_shown_where_they_were_tried():
     page = all_pages()["facts"]
-    assert f"<td>98.4{verdict.THIN}%</td><td>25{verdict.THIN}%</td><td>{verdict.MINUS}3.2</td><td>63</td>" in page
+    assert f"<td>98{verdict.THIN}%</td><td>25{verdict.THIN}%</td><td>{verdict.MINUS}3.2</td><td>63</td>" in page
     assert "Causal flips" not in facts_page.render({n: v for n, v in make_facts().items() if n != "hard_flips"})
 
 
