@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engram_lm import config
-from engram_lm.analysis.gate_section import gate_section
 from engram_lm.analysis.gates import GateView, Ngram, displayable, gate_view
 from engram_lm.analysis.ngrams import Ngrams, views
 from engram_lm.analysis.probes import pieces_of, view_of
 from engram_lm.hashing import HashConfig
 from engram_lm.model import LanguageModel
 from engram_lm.model.lookup import Lookup, build_plan
+from engram_lm.report.gates import gate_section
 from engram_lm.tables import DeviceTable
 from engram_lm.tables.rows import RowFormat
 from engram_lm.tokens import CanonicalVocabulary, piece_bytes

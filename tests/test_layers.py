@@ -18,7 +18,7 @@ FLOORS = (
     {"model"},
     {"train", "generate"},
     {"evaluate", "analysis", "bench", "hf", "longcontext"},
-    {"study"},
+    {"study", "report"},
     {"quickstart"},
     {"cli"},
     {"__main__"},
@@ -87,7 +87,7 @@ def test_only_plots_import_matplotlib():
         for name in imported(path.read_text(encoding="utf-8"), path)
         if name.split(".")[0] == "matplotlib"
     }
-    assert users == {"analysis/plots"}
+    assert users == {"report/plots"}
 
 
 def test_the_package_is_light():

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from engram_lm import config
-from engram_lm.analysis import plots, verdict
 from engram_lm.analysis.gates import gate_view
-from engram_lm.analysis.report import (
+from engram_lm.report import plots, verdict
+from engram_lm.report.quickstart import (
     Arm,
     AttributeRecall,
     Command,

@@ -20,8 +20,6 @@ from tiny import write_texts
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
-from engram_lm.analysis.retrofit import render, write_report
-from engram_lm.analysis.verdict import quantity
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MismatchError, TrainingError
 from engram_lm.hf.arms import Arm, Bias, add_adapter, matched_rank
 from engram_lm.hf.attach import using
@@ -29,6 +27,8 @@ from engram_lm.hf.base import DocumentLosses, load_base, measure, positions
 from engram_lm.hf.cartridge import mount
 from engram_lm.hf.config import RetrofitConfig
 from engram_lm.hf.retrofit import retrofit
+from engram_lm.report.retrofit import render, write_report
+from engram_lm.report.verdict import quantity
 from engram_lm.statistics import ratio_interval
 from engram_lm.train.loader import Batch, windows
 from engram_lm.train.loop import read_metrics

@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from tiny import ENGRAM
 
-from engram_lm.analysis.facts_page import write_report
 from engram_lm.cli.facts import Facts, print_results, summary
 from engram_lm.errors import ConfigError, MismatchError
 from engram_lm.evaluate.biographies import FORMS, invent
 from engram_lm.hashing import prime_sizes
 from engram_lm.model.count import count
+from engram_lm.report.facts import write_report
 from engram_lm.study import facts as study
 from engram_lm.study.facts import (
     ARMS,

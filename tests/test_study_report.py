@@ -13,10 +13,14 @@ import pytest
 from test_report import EVIL, Page, make_gates
 
 from engram_lm import config
-from engram_lm.analysis import facts_page, plots, study, study_verdict, sweep_page, verdict
-from engram_lm.analysis.differences import number, outcome, signed
-from engram_lm.analysis.plots import style
-from engram_lm.analysis.plots.sweep import band
+from engram_lm.report import compare as study
+from engram_lm.report import compare_verdict as study_verdict
+from engram_lm.report import facts as facts_page
+from engram_lm.report import plots, verdict
+from engram_lm.report import sweep as sweep_page
+from engram_lm.report.differences import number, outcome, signed
+from engram_lm.report.plots import style
+from engram_lm.report.plots.sweep import band
 from engram_lm.statistics import wilson
 from engram_lm.study.fits import log_linear, u_curve
 

@@ -23,7 +23,6 @@ from rich.table import Table as Grid
 from tokenizers import Tokenizer
 
 from . import __version__
-from .analysis import report as page
 from .analysis.capture import capture_gates
 from .analysis.gates import GateView, gate_view
 from .errors import CheckpointError
@@ -35,6 +34,7 @@ from .model.count import count
 from .model.lm import LanguageModel, ModelConfig
 from .model.lookup import Lookup
 from .model.presets import get_preset
+from .report import quickstart as page
 from .tables import TableConfig
 from .tokens import piece_bytes
 from .train.loader import Loader, windows

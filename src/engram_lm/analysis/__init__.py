@@ -1,1 +1,1 @@
-"""Looking at what a memory does: gates over a text, figures, and the report of a run."""
+"""Looking at what a memory does: gates, usage of its table, what is lost without it, layer by layer."""

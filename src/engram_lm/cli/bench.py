@@ -45,7 +45,7 @@ class Measurement:
         if self.json:
             self.json.write_text(json.dumps(results.json(), indent=1) + "\n", encoding="utf-8")
         if self.plot:
-            from ..analysis.plots import bench_bars
+            from ..report.plots import bench_bars
 
             bench_bars(results.json(), self.plot)
         return 0

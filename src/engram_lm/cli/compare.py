@@ -34,7 +34,7 @@ class Compare:
 
     def run(self, console: Console) -> int:
         """Train, measure, write the report, print the table."""
-        from ..analysis.study import write_report
+        from ..report.compare import write_report
         from ..study.compare import compare
         from ..train.sources import standard_library
 

@@ -50,7 +50,7 @@ class Facts:
 
     def run(self, console: Console) -> int:
         """Train, ask, write the report, print the tables."""
-        from ..analysis.facts_page import write_report
+        from ..report.facts import write_report
         from ..study.facts import facts_study
 
         chosen: dict[str, Any] = {

@@ -31,7 +31,7 @@ class Retrofit:
 
     def run(self, console: Console) -> int:
         """Train, measure, write the report, print the table."""
-        from ..analysis.retrofit import write_report
+        from ..report.retrofit import write_report
 
         try:
             from ..hf.retrofit import retrofit

@@ -38,7 +38,7 @@ class Curve:
         if results is None:
             return 130
         print_results(results, console)
-        from ..analysis.sweep_page import write_report
+        from ..report.sweep import write_report
 
         console.print(f"\nReport: [bold]{write_report(out)}[/bold] (open it in a browser)", soft_wrap=True)
         return 0

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .compare_verdict import equal_in, less, verdict
 from .differences import signed, span, value
 from .markup import Row, asset, definitions, figure, fill, headline, panels, paragraphs, script_hash, table, text
-from .probe_sections import probe_sections
-from .study_verdict import equal_in, less, verdict
+from .probes import probe_sections
 from .verdict import percent, quantity
 
 Results = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .gates import GateView
+from ..analysis.gates import GateView
 
 Curve = tuple[tuple[float, float], ...]
 

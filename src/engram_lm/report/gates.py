@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .gates import GateToken, GateView
+from ..analysis.gates import GateToken, GateView
 from .markup import fill, text
 
 

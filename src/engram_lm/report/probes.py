@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .. import config
+from ..analysis.gates import GateView
 from . import plots
 from .differences import signed
-from .gate_section import gate_section
-from .gates import GateView
+from .gates import gate_section
 from .markup import Row, figure, panels, table, text
 from .verdict import percent
 

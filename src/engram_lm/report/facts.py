@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .compare import CLASSES, run_items
 from .markup import Row, asset, definitions, fill, headline, panels, paragraphs, table, text
-from .study import CLASSES, run_items
 from .verdict import MINUS, percent, quantity, times
 
 Results = dict[str, Any]

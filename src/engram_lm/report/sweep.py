@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from . import plots
+from .compare import data_item, run_items
 from .differences import number, side, signed, span
 from .markup import Row, asset, definitions, fill, headline, panels, paragraphs, table, text
-from .study import data_item, run_items
 from .verdict import percent, quantity
 
 Results = dict[str, Any]

@@ -12,7 +12,7 @@ from pathlib import Path
 from .. import config
 from ..statistics import wilson
 from . import plots, verdict
-from .gate_section import gate_section
+from .gates import gate_section
 from .markup import Row, asset, definitions, figure, fill, headline, script_hash, table, text
 from .record import (
     Arm,
