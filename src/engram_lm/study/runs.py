@@ -178,9 +178,10 @@ def _side_by_side(jobs: Sequence[Job], stopped: Callable[[], bool], progress: Pr
                 for _, run, _ in runs:
                     run.save()
                 return False
-        for job, run, _ in runs:
+        for job, run, bar in runs:
             if stopped():
                 return False
+            progress.update(bar, description=f"{job.label}: measuring")
             job.finish(run)
     return True
 
