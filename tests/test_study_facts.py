@@ -299,3 +299,12 @@ def test_a_memory_is_handed_the_rows_of_another_name(tmp_path, monkeypatch):
     flips = curve["engram"][0]["flips"]
     assert flips["pairs"] + flips["same"] == 8
     assert curve["iso_flop"][0]["flips"] is None
+
+
+def test_rows_are_exchanged_in_every_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "FLIPPED", 2)
+    config = replace(TINY, curve=False, hard=True, values=50, hard_arms=("engram",))
+    flips = facts_study(config, tmp_path, say=silent)["hard_flips"]
+    assert {form: arms["engram"]["pairs"] + arms["engram"]["same"] for form, arms in flips.items()} == dict.fromkeys(
+        FORMS, 2
+    )

@@ -35,7 +35,7 @@ from ..errors import ConfigError
 from ..evaluate.biographies import FORMS, Biographies, Form, invent
 from ..evaluate.capacity import answer, bits_stored
 from ..evaluate.controls import config_of_arm
-from ..evaluate.exposures import Exposures, FactSet
+from ..evaluate.exposures import ABSENT, Exposures, FactSet
 from ..evaluate.real_facts import collect, encode, own_tokenizer, real_facts
 from ..hashing import HashConfig, prime_sizes
 from ..memory import EngramConfig
@@ -411,6 +411,7 @@ def flipped(run: Training, facts: Biographies) -> dict[str, Any] | None:
         return None
     which = torch.arange(2 * FLIPPED) * facts.attributes  # the first attribute of so many people
     rows = facts.statements(which, torch.zeros_like(which)).to(run.device)
+    rows = rows[:, (rows != ABSENT).all(0)]  # one phrasing of one attribute: all are as long
     prompts, values = rows[:, :-1], facts.values[:, 0].tolist()
     last = facts.names.shape[1]  # behind the token that begins a document
     pairs = [
