@@ -39,5 +39,7 @@ def quick_disk() -> Iterator[None]:
 def processes(own_cache: Path) -> ForkServerContext:
     """Starts processes that have torch imported already, in milliseconds, and that may be killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engram_lm.train.run", "pytest"])
+    here = str(Path(__file__).parent)  # where `warm` is: the server does not look where pytest does
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    context.set_forkserver_preload(["warm", "pytest", "hypothesis"])
     return context

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Union
 
@@ -135,13 +135,8 @@ class Convert:
             else:
                 source = Plain(self.source, self.tensor)
             trainable = source.trainable and not self.serving
-            form = RowFormat(
-                source.form.dim,
-                self.encoding or source.form.encoding,
-                trainable,
-                std=source.form.std if trainable else 0.0,
-                seed=source.form.seed,
-            )
+            std = source.form.std if trainable else 0.0
+            form = replace(source.form, encoding=self.encoding or source.form.encoding, trainable=trainable, std=std)
             digest = self.digest or source.digest
             draft = TableFile.draft(self.target, source.num_rows, form, digest=digest, facts=source.facts)
             target = stack.enter_context(draft)

@@ -30,6 +30,16 @@ class Fetch(Protocol):
     def rows(self) -> Tensor:
         """Wait for the rows [..., d] float32, in the order of the ids that were asked for; as of now, not of then."""
 
+    def begin(self) -> None:
+        """No row will be updated before these are taken: what had to wait for that may start."""
+
+    def collect(self, ids: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients [U, d] of the distinct ids [U] that were asked for -> those that this process applies.
+
+        The same, unless the table's rows are divided among processes: then those of the rows that live here, summed up.
+        """
+        return ids, grads
+
 
 class Later(Fetch):
     """Rows that are at hand: read when they are wanted, and so never out of date."""
@@ -51,6 +61,7 @@ class Table(ABC):
         device: where rows are delivered.
         address_device: where ids are wanted.
         digest: of the plan and vocabulary that the rows belong to; "" for none.
+        place: the file that they are in and stay in; None for memory.
     """
 
     form: RowFormat
@@ -59,6 +70,7 @@ class Table(ABC):
     address_device: torch.device
     clock: int = 0
     digest: str = ""
+    place: Path | None = None
 
     def __init__(self, num_rows: int, form: RowFormat, device: torch.device | str = "cpu") -> None:
         if num_rows < 1:
@@ -82,17 +94,28 @@ class Table(ABC):
         return self.nbytes
 
     @abstractmethod
-    def fetch(self, ids: Tensor) -> Tensor:
-        """Rows [..., d] float32 of ids [...] int64, as a tensor of its own on `device`. Raises IndexError for an id outside."""
+    def fetch(self, ids: Tensor, *, encoded: bool = False) -> Tensor:
+        """Rows [..., d] float32 of ids [...] int64, as a tensor of its own on `device`. Raises IndexError for an id outside.
 
-    def prefetch(self, ids: Tensor) -> Fetch:
+        encoded: as the bytes [..., form.wire] uint8 in which they are kept, for another process to decode.
+        """
+
+    def prefetch(self, ids: Tensor, *, encoded: bool = False) -> Fetch:
         """Start fetching and return at once. The rows are those of the moment in which they are taken."""
         self.check(ids)
-        return Later(lambda: self.fetch(ids))
+        return Later(lambda: self.fetch(ids, encoded=encoded))
 
     @abstractmethod
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
         """Apply the row-wise optimizer to distinct ids [U] with gradients [U, d]."""
+
+    def apply(self, ids: Tensor, grads: Tensor, lr: float) -> None:
+        """The same with gradients that a fetch has collected: this process's part of the update."""
+        self.update(ids, grads, lr)
+
+    @abstractmethod
+    def restore(self, ids: Tensor, records: Tensor) -> None:
+        """Set whole records [U, stride] uint8 of distinct ids [U], accumulators too."""
 
     @abstractmethod
     def write(self, ids: Tensor, rows: Tensor) -> None:

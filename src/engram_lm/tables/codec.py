@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..kernels import compiled
 from . import rows as truth
@@ -15,9 +16,33 @@ def read_rows(form: RowFormat, records: np.ndarray, slots: np.ndarray, ids: np.n
     if compiled():
         from ..kernels.rows import read_rows as fast
 
-        fast(form, records, slots, ids, out)
+        fast(form, records, slots, ids + form.first if form.first else ids, out)
     else:
         out[:] = truth.read_rows(form, *map(torch.from_numpy, (records, slots, ids))).numpy()
+
+
+def read_bytes(form: RowFormat, records: np.ndarray, slots: np.ndarray) -> Tensor:
+    """Rows [U, wire] as they are kept, uint8: `decode` makes rows of them, here or in another process."""
+    records = records[:, : form.wire]
+    if not compiled():
+        return torch.from_numpy(records[slots])
+    from ..kernels.rows import gather
+
+    out = torch.empty(len(slots), form.wire, dtype=torch.uint8)
+    gather(records, slots, out.numpy())
+    return out
+
+
+def decode(form: RowFormat, data: Tensor, ids: Tensor) -> Tensor:
+    """Rows [U, dim] float32 of their bytes [U, wire] on any device. ids: [U] who they are."""
+    if form.encoding == "fp32" and not form.std:
+        return data.view(torch.float32)
+    everything = torch.arange(len(ids), device=data.device)
+    if data.device.type != "cpu":
+        return truth.read_rows(form, data, everything, ids)
+    rows = torch.empty(len(ids), form.dim)
+    read_rows(form, data.numpy(), everything.numpy(), ids.numpy(), rows.numpy())
+    return rows
 
 
 def encode(form: RowFormat, rows: np.ndarray) -> np.ndarray:
@@ -38,7 +63,7 @@ def update_rows(
     if compiled():
         from ..kernels.rows import update_rows as fast
 
-        fast(form, records, slots, ids, grads, lr, clock)
+        fast(form, records, slots, ids + form.first if form.first else ids, grads, lr, clock)
     else:
         held, where, who, gradients = map(torch.from_numpy, (records, slots, ids, grads))
         truth.update_rows(form, held, where, who, gradients, lr, clock)

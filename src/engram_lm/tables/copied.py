@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def copy_table(table: Table, path: Path, *, encoding: Encoding | None = None, se
     CheckpointError when the file cannot be written.
     """
     old, trainable = table.form, table.form.trainable and not serving
-    form = RowFormat(old.dim, encoding or old.encoding, trainable, old.std if trainable else 0.0, old.seed)
+    form = replace(old, encoding=encoding or old.encoding, trainable=trainable, std=old.std if trainable else 0.0)
     return write_table(_rows(table), path, form, digest=table.digest, clock=table.clock)
 
 
@@ -80,6 +81,6 @@ def _rows(table: Table) -> Newest | InMemory:
     if isinstance(store, MemoryStore):
         return InMemory(store.records, store.form)
     if isinstance(store, FileStore):
-        table.save(store.file.path.parent)
+        store.save(store.file.path.parent, table.clock, table.digest)
         return InUse(store)
     raise ConfigError(f"a {type(table).__name__} cannot be copied: there is no reading all of its rows.")

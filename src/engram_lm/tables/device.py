@@ -27,9 +27,11 @@ class DeviceTable(Table):
         """The rows [num_rows, d] of an fp32 table as a view, to be looked at or set by hand."""
         return self.records.view(torch.float32)[:, : self.dim]
 
-    def fetch(self, ids: Tensor) -> Tensor:
-        """Rows [..., d] of ids [...]."""
+    def fetch(self, ids: Tensor, *, encoded: bool = False) -> Tensor:
+        """Rows [..., d] of ids [...], or their bytes."""
         flat = self.check(ids.to(self.device))
+        if encoded:
+            return self.records[:, : self.form.wire].index_select(0, flat).view(*ids.shape, self.form.wire)
         return read_rows(self.form, self.records, flat, flat).view(*ids.shape, self.dim)
 
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
@@ -37,6 +39,10 @@ class DeviceTable(Table):
         ids = self.check(ids.to(self.device))
         update_rows(self.form, self.records, ids, ids, grads.to(self.device, torch.float32), lr, self.clock)
         self.clock += 1
+
+    def restore(self, ids: Tensor, records: Tensor) -> None:
+        """Set records."""
+        self.records[self.check(ids.to(self.device))] = records.to(self.device)
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """Set rows."""

@@ -40,8 +40,15 @@ class _Expand(torch.autograd.Function):
         grads, inverse = grad.float().reshape(-1, dim), inverse.view(-1)
         if torch.is_grad_enabled():  # somebody wants the gradients' own
             return grads.new_zeros(count, dim).index_add(0, inverse, grads), None, None
-        from ..kernels.expand import sum_rows  # imports Numba
+        return add_up(grads, inverse, count), None, None
 
-        summed = torch.empty(count, dim)
-        sum_rows(grads.contiguous().detach().numpy(), inverse.numpy(), summed.numpy())
-        return summed, None, None
+
+def add_up(grads: Tensor, inverse: Tensor, count: int) -> Tensor:
+    """[count, d]: the sums of those grads [N, d] float32 whose inverse [N] names a row, in their order on a CPU."""
+    if grads.device.type != "cpu" or not compiled():
+        return grads.new_zeros(count, grads.shape[1]).index_add_(0, inverse, grads)
+    from ..kernels.expand import sum_rows  # imports Numba
+
+    summed = torch.empty(count, grads.shape[1])
+    sum_rows(grads.contiguous().detach().numpy(), inverse.numpy(), summed.numpy())
+    return summed

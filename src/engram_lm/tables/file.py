@@ -112,11 +112,12 @@ class Header:
             "std": repr(float(form.std)),
             "seed": str(form.seed),
             "block_rows": str(self.block_rows),
+            **({"first": str(form.first)} if form.first else {}),
             "digest": self.digest,
             "name": self.name,
             "header_crc32": "00000000",
         }
-        if taken := sorted(metadata.keys() & self.facts.keys()):
+        if taken := sorted((metadata.keys() | {"first"}) & self.facts.keys()):
             raise ConfigError(f"a table's facts cannot be called {', '.join(taken)}: the file itself says that.")
         text = json.dumps({"__metadata__": metadata | self.facts, **self.tensors}, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % PAGE)
@@ -134,6 +135,7 @@ class Header:
             trainable={"true": True, "false": False}[said.pop("trainable")],
             std=float(said.pop("std")),
             seed=int(said.pop("seed")),
+            first=int(said.pop("first", "0")),
         )
         if int(said.pop("row_bytes")) != form.row_bytes:
             raise ValueError(f"row_bytes is not {form.row_bytes}")

@@ -23,25 +23,30 @@ PLAIN: dict[str, Encoding] = {"F32": "fp32", "F16": "fp32", "BF16": "bf16", "F8_
 
 
 class Newest:
-    """The rows of a table file as they are now: its own, and newer ones in the journal beside it."""
+    """The rows of a table file as they are now, or were at commit `clock`: its own, and newer ones in the journal beside it."""
 
-    def __init__(self, file: TableFile) -> None:
+    def __init__(self, file: TableFile, clock: int | None = None) -> None:
         self.file, self.num_rows, self.form, self.trainable = file, file.num_rows, file.form, file.form.trainable
         self.digest, self.facts, self.clock = file.digest, file.facts, file.clock
         self.reader, self.journal = Reader(), None
         self.changed, self.offsets = np.empty(0, np.int64), np.empty(0, np.int64)
         if journal_path(file).exists():
             self.journal = Journal(file, self.reader)
-            self.clock = self.journal.clock
+            self.clock = self.journal.clock if clock is None else clock
             self.changed, self.offsets = self.journal.newest(self.clock)
 
-    def written(self, *, every: bool = False) -> Iterator[Records]:
-        """All rows that were ever written, and others in the same blocks; or every row. Raises DataError for damaged ones."""
+    def written(self, *, every: bool = False, rows: range | None = None) -> Iterator[Records]:
+        """All rows that were ever written, and others in the same blocks; or every row. Raises DataError for damaged ones.
+
+        rows: only those, and no other block is read.
+        """
         file = self.file
         in_file = [*file.written(), self.changed[:0]]
         numbers = np.union1d(np.concatenate(in_file), self.changed // file.block_rows)
         if every:
             numbers = np.arange(file.num_blocks)
+        rows = range(self.num_rows) if rows is None else rows
+        numbers = numbers[(numbers >= rows.start // file.block_rows) & (numbers * file.block_rows < rows.stop)]
         for first in range(0, len(numbers), file.piece):
             some = numbers[first : first + file.piece]
             ids = (some[:, None] * file.block_rows + np.arange(file.block_rows)).reshape(-1)
@@ -52,7 +57,8 @@ class Newest:
                 fresh = np.empty((newer.stop - newer.start, self.form.stride), np.uint8)
                 self.reader.read(self.journal.descriptor, self.offsets[newer], fresh)
                 records[np.searchsorted(ids, self.changed[newer])] = fresh
-            yield ids, records
+            inside = slice(*np.searchsorted(ids, (rows.start, rows.stop)))
+            yield ids[inside], records[inside]
 
     def close(self) -> None:
         """Release the journal; the file stays open."""

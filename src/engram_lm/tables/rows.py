@@ -34,7 +34,8 @@ class RowFormat:
     """How the `dim` numbers of a row are kept.
 
     trainable: the record ends in the row's float32 accumulator. std: spread of a row that was never written, 0 for zeros;
-    only trainable rows may have one. seed: of initial rows and of stochastic rounding, an int64.
+    only trainable rows may have one. seed: of initial rows and of stochastic rounding, an int64. first: the number that row 0
+    has in the whole table, of which these rows may be a part; initial rows and rounding go by it.
     """
 
     dim: int
@@ -42,12 +43,15 @@ class RowFormat:
     trainable: bool = True
     std: float = 0.0
     seed: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
             raise ConfigError(f"rows have no encoding {self.encoding!r}: choose one of {', '.join(ENCODINGS)}.")
         if self.dim < 1:
             raise ConfigError(f"a row needs at least one number, got dim {self.dim}.")
+        if self.first < 0:
+            raise ConfigError(f"rows are counted from 0, so none is the first with number {self.first}.")
         if self.std < 0:
             raise ConfigError(f"the spread of initial rows cannot be negative, got std {self.std}.")
         if self.std and not self.trainable:
@@ -67,6 +71,11 @@ class RowFormat:
     def stride(self) -> int:
         """Bytes of a record, a multiple of 4."""
         return self.row_bytes + 4 * self.trainable
+
+    @property
+    def wire(self) -> int:
+        """Leading bytes of a record that tell its row: without the accumulator, unless that tells whether it was ever written."""
+        return self.stride if self.std else self.row_bytes
 
     @property
     def unit(self) -> float:
@@ -183,7 +192,7 @@ def _float32(number: float) -> float:
 def noise(form: RowFormat, ids: Tensor, clock: int) -> Tensor:
     """32 random bits for each number of rows `ids` [U] at step `clock`: int64 [U, dim], below 2^32.
 
-    With mix = splitmix64, all modulo 2^64: column j takes the low (j even) or high (j odd) half of
+    With mix = splitmix64, all modulo 2^64, and ids counted from `form.first`: column j takes the low (j even) or high (j odd) half of
     mix(mix(mix(mix(seed) + clock) + id) + j // 2).
     """
     words = _mix(_key(form, ids, clock) + torch.arange((form.dim + 1) // 2, device=ids.device))
@@ -202,7 +211,7 @@ def initial(form: RowFormat, ids: Tensor) -> Tensor:
 
 def _key(form: RowFormat, ids: Tensor, clock: int) -> Tensor:
     """[U, 1] int64."""
-    key = _mix(_mix(torch.tensor(form.seed)) + clock)
+    key = _mix(_mix(torch.tensor(form.seed)) + clock) + form.first
     return _mix(ids + key.to(ids.device))[:, None]
 
 

@@ -6,6 +6,7 @@ that fetches at the last moment. `asynchronous=True` leaves that out: rows may t
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,26 +45,26 @@ class StoredTable(Table):
         """Bytes of RAM that the store takes."""
         return self.store.resident
 
-    def fetch(self, ids: Tensor) -> Tensor:
-        """Rows [..., d] of ids [...]."""
+    def fetch(self, ids: Tensor, *, encoded: bool = False) -> Tensor:
+        """Rows [..., d] of ids [...], or their bytes."""
         flat = self.check(ids.cpu())
         if self.store.in_memory:
-            rows = self.read(flat.numpy())
+            rows = self.read(flat.numpy(), encoded=encoded)
         else:
             unique, inverse = deduplicate(flat)
-            rows = self.read(unique.numpy()).index_select(0, inverse)
-        return self.deliver(rows).view(*ids.shape, self.dim)
+            rows = self.read(unique.numpy(), encoded=encoded).index_select(0, inverse)
+        return self.deliver(rows).view(*ids.shape, rows.shape[1])
 
-    def prefetch(self, ids: Tensor) -> Fetch:
+    def prefetch(self, ids: Tensor, *, encoded: bool = False) -> Fetch:
         """Start reading on another thread, and copying to the device on another stream.
 
         For the few rows of a decoding step the system is asked to read ahead instead: waking a thread would take longer.
         """
         if self.stream is None and (self.store.in_memory or (ids.numel() <= FEW and not self.asynchronous)):
-            later = super().prefetch(ids)
+            later = super().prefetch(ids, encoded=encoded)
             self.store.advise(ids.reshape(-1).cpu().numpy())
             return later
-        return Travelling(self, ids)
+        return Travelling(self, ids, encoded=encoded)
 
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
         """Row-wise Adagrad on distinct ids, where the records are held."""
@@ -93,9 +94,12 @@ class StoredTable(Table):
             self._all_stale()
 
     def save(self, directory: Path) -> None:
-        """Commit the store under the present clock."""
+        """Commit the store under the present clock; if it stays in place, leave word where."""
         with self.lock:
             self.store.save(directory, self.clock, self.digest)
+        if self.place:
+            there = os.path.relpath(self.place.absolute(), directory.absolute())
+            (directory / "table.txt").write_text(there, encoding="utf-8")
 
     def load(self, directory: Path, clock: int) -> None:
         """Roll the store back to that commit."""
@@ -114,13 +118,24 @@ class StoredTable(Table):
         self.worker.shutdown()
         self.store.close()
 
-    def read(self, ids: np.ndarray) -> Tensor:
+    def restore(self, ids: Tensor, records: Tensor) -> None:
+        """Set records."""
+        self._alterable()
+        numbers = self.check(ids.cpu()).numpy()
+        with self.lock:
+            held = self.store.hold(numbers)
+            held.records[held.slots] = records.cpu().numpy()
+            self._changed(numbers, held)
+
+    def read(self, ids: np.ndarray, *, encoded: bool = False) -> Tensor:
         """Rows [U, d] of ids [U] in RAM; pinned where they go on to a GPU."""
         with self.lock:
-            return self.gather(self.store.hold(ids), ids)
+            return self.gather(self.store.hold(ids), ids, encoded=encoded)
 
-    def gather(self, held: Held, ids: np.ndarray) -> Tensor:
-        """Decode held records."""
+    def gather(self, held: Held, ids: np.ndarray, *, encoded: bool = False) -> Tensor:
+        """Rows of held records."""
+        if encoded:
+            return codec.read_bytes(self.form, held.records, held.slots)
         rows = torch.empty(len(ids), self.dim, pin_memory=self.stream is not None)
         codec.read_rows(self.form, held.records, held.slots, ids, rows.numpy())
         return rows
@@ -157,8 +172,8 @@ class Travelling(Fetch):
     wherever the newest version is by then. For a GPU (and if asynchronous) rows are decoded and sent ahead as well.
     """
 
-    def __init__(self, table: StoredTable, ids: Tensor) -> None:
-        self.table, self.shape = table, ids.shape
+    def __init__(self, table: StoredTable, ids: Tensor, *, encoded: bool = False) -> None:
+        self.table, self.shape, self.encoded = table, ids.shape, encoded
         self.early = table.stream is not None or table.asynchronous
         flat = table.check(ids.cpu())
         self.inverse: Tensor | None = None  # of ids that are distinct and ascending already, as those of a batch are
@@ -188,14 +203,15 @@ class Travelling(Fetch):
             if self.early and self.stale and not table.asynchronous:
                 again = np.flatnonzero(np.isin(self.ids, self._updated(), assume_unique=True))
                 there = torch.from_numpy(again).to(rows.device)
-                rows.index_copy_(0, there, table.deliver(table.read(self.ids[again])))
+                rows.index_copy_(0, there, table.deliver(table.read(self.ids[again], encoded=self.encoded)))
         if self.inverse is not None:
             rows = rows.index_select(0, self.inverse.to(rows.device))
-        return rows.view(*self.shape, table.dim)
+        return rows.view(*self.shape, rows.shape[1])
 
     def _decode(self, staged: Staged) -> Tensor:
         """Rows [U, d] as they are now."""
-        return self.table.gather(self.table.store.hold(self.ids, staged.without(self._updated())), self.ids)
+        held = self.table.store.hold(self.ids, staged.without(self._updated()))
+        return self.table.gather(held, self.ids, encoded=self.encoded)
 
     def _updated(self) -> np.ndarray:
         return np.sort(np.concatenate(self.stale)) if self.stale else np.empty(0, np.int64)

@@ -50,9 +50,9 @@ class TableConfig:
         if self.file and self.tier != "disk":
             raise ConfigError(f"table.file {self.file!r} was given with tier {self.tier!r}: only tier disk reads it.")
 
-    def form(self, dim: int) -> RowFormat:
-        """The format of rows of width `dim` that are trained."""
-        return RowFormat(dim, self.encoding, std=self.std, seed=self.seed)
+    def form(self, dim: int, first: int = 0) -> RowFormat:
+        """The format of rows of width `dim` that are trained. first: the number of row 0 in the whole table."""
+        return RowFormat(dim, self.encoding, std=self.std, seed=self.seed, first=first)
 
 
 def build_table(
@@ -64,12 +64,13 @@ def build_table(
     directory: Path,
     device: torch.device | str = "cpu",
     write: bool = True,
+    first: int = 0,
 ) -> Table:
     """A table of the configured tier: empty in memory; on disk the file, created as a sparse one unless it is there.
 
     Raises MismatchError when the file belongs to another plan or holds rows of another format.
     """
-    form, device = config.form(dim), torch.device(device)
+    form, device = config.form(dim, first), torch.device(device)
     tier = config.tier if config.tier != "auto" else "device" if device.type == "cuda" else "host"
     if tier == "device":
         return DeviceTable(num_rows, form, device)
@@ -123,4 +124,4 @@ class DiskTable(StoredTable):
             raise
         rows = min(memory // CachedStore.bytes_per_row(file.form), file.num_rows)
         super().__init__(CachedStore(store, rows) if rows else store, device, asynchronous=asynchronous)
-        self.digest, self.clock = file.digest, store.clock
+        self.digest, self.clock, self.place = file.digest, store.clock, path
