@@ -118,10 +118,42 @@ def test_clip_counts_memory_rows_too():
     model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     rows = torch.zeros(5, 3, requires_grad=True)
     rows.grad = torch.full((5, 3), 100.0)
-    norm = optimizer.clip([rows])
+    norm = optimizer.clip([rows.grad])
     assert norm > 100
     grads = [parameter.grad for parameter in model.parameters()] + [rows.grad]
     assert torch.stack([grad.norm() for grad in grads]).norm() == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.3, 1e9])
+def test_clip_gives_the_bits_of_torch(limit):
+    ours, theirs = tiny_model(), tiny_model()
+    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    for model in (ours, theirs):
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit or float("inf"))
+    assert Optimizer(ours, OptimConfig(clip=limit)).clip() == float(expected)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_state_is_complete_before_the_first_step():
+    model = tiny_model()
+    optimizer = Optimizer(model, OptimConfig())
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    take_steps(model, optimizer, 1, seed=0)
+    after = optimizer.state()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert (tensor.shape, tensor.dtype) == (after[name].shape, after[name].dtype)
+        assert not tensor.any()
+
+
+def test_state_of_another_shape_is_refused():
+    model = tiny_model()
+    state = Optimizer(model, OptimConfig()).state()
+    state["muon.blocks.0.ffn.gate.weight"] = torch.zeros(1, 32)
+    with pytest.raises(MismatchError, match=r"gate.weight has the shape \[1, 32\], not \[48, 32\]"):
+        Optimizer(model, OptimConfig()).load_state(state)
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.0}, {"table_lr": -1.0}, {"warmup": 0.8, "decay": 0.5}, {"betas": (0.9,)}])

@@ -173,7 +173,7 @@ def save(form: RowFormat, tier: str, directory: Path, as_if: int) -> None:
 
 def load(form: RowFormat, tier: str, directory: Path, saved: Path, as_if: int) -> torch.Tensor:
     """The rows after going on with step 2 from the first commit."""
-    table, rank, size = divided(form, tier, directory), dist.get_rank(), dist.get_world_size()
+    table, rank = divided(form, tier, directory), dist.get_rank()
     table.load(saved, 2)
     ids, grads = zip(*(batch(2, rank, as_if) for rank in range(as_if)), strict=True)
     unique, inverse = torch.cat(ids).unique(return_inverse=True)

@@ -1,6 +1,7 @@
 """Everything that processes of tests would import and load before they begin: once, in the process that they are forked from."""
 
 import torch
+import torch._dynamo
 
 import engram_lm.train.run  # noqa: F401
 from engram_lm.tables import DeviceTable, HostTable, RowFormat, deduplicate, expand

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
@@ -28,10 +29,15 @@ from .cartridge import Cartridge
 from .compare import Compare
 from .facts import Facts
 from .needle import Needle
+from .plan import Plan
 from .probe import Probe
 from .retrofit import Retrofit
 from .sweep import Sweep
 from .table import Table
+
+if TYPE_CHECKING:
+    from ..train.loop import Training
+    from ..train.ranks import Ranks
 
 DESCRIPTION = """engram-lm: conditional memory for language models.
 
@@ -48,6 +54,7 @@ DESCRIPTION = """engram-lm: conditional memory for language models.
   engram-lm retrofit --model M --data texts/ --out run/  a memory for a pretrained model, beside controls
   engram-lm cartridge inspect|verify|push                trained memories that are mounted on their model
   engram-lm count engram-27b                parameters, FLOPs and bytes of a preset
+  engram-lm plan deepseek-v41 --ranks 8 64              a table on many machines: traffic, time, memory, price
   engram-lm table create|inspect|verify|convert|compact|stats|import|export    table files, released layouts
   engram-lm bench hash|gather|update|step|decode         what things cost here, beside what others' cost
 
@@ -90,6 +97,9 @@ class Train:
 
     The run directory holds config.json, metrics.jsonl and checkpoints. Killed at any moment, it goes on bit-identically:
     engram-lm train --resume --out DIR
+
+    Several processes share a run (--parallel.*, docs/scaling.md) and go on by themselves when torchrun has to restart them:
+    torchrun --nproc-per-node 2 --max-restarts 3 -m engram_lm train tiny --data TEXT
     """
 
     config: Annotated[TrainConfig, arg(name="")]
@@ -103,33 +113,15 @@ class Train:
     """Go on with the run in OUT."""
 
     def run(self, console: Console) -> int:
-        """Prepare the text, train, and print the last evaluation."""
-        from ..evaluate.loss import bytes_of_tokens, measure
-        from ..train.loader import Loader, windows
-        from ..train.loop import Training, train
-        from ..train.run import build_lookup, fit_vocabulary, prepare_text
-        from ..train.tokenizer import tokenizer_digest
+        """Find the other ranks, if any, prepare the text, train, and print the last evaluation."""
+        from ..train.loop import train
+        from ..train.parallel import start_ranks
+        from ..train.watch import Watch
 
-        data, tokenizer = prepare_text(
-            self.data, self.out, tokenizer=self.tokenizer, vocab_size=self.config.model.vocab_size, say=console.print
-        )
-        config = fit_vocabulary(self.config, tokenizer)
-        token_bytes = bytes_of_tokens(tokenizer)
-
-        def evaluate(model, lookup):  # type: ignore[no-untyped-def]
-            losses = measure(model, lookup, windows(data.val, config.batch_size, config.length, 256), token_bytes)
-            return {"val_loss": losses.mean, "val_interval": losses.interval, "bits_per_byte": losses.bits_per_byte}
-
-        training = Training(
-            config,
-            self.out,
-            Loader(data.train, config.batch_size, config.length, config.seed),
-            build_lookup(config, tokenizer, self.out),
-            evaluate=evaluate,
-            facts={"tokenizer_digest": tokenizer_digest(tokenizer), "text": data.meta.train.tokens_crc32},
-            resume=self.resume,
-            tensorboard=True,
-        )
+        ranks = start_ranks(self.config.parallel.timeout, self.config.device)
+        console.quiet = ranks.rank > 0
+        with Watch(ranks):
+            training = self.prepare(console, ranks)
         if not train(training, label=self.out.name):
             console.print(f"Stopped and saved. Go on with: engram-lm train --resume --out {self.out}", soft_wrap=True)
             return 130
@@ -139,6 +131,49 @@ class Train:
             f"{last['bits_per_byte']:.4f} bits a byte"
         )
         return 0
+
+    def prepare(self, console: Console, ranks: Ranks) -> Training:
+        """Everything that is there before the first step."""
+        import torch
+
+        from .. import __version__
+        from ..evaluate.loss import bytes_of_tokens, measure
+        from ..train.alike import require_equal, source_digest
+        from ..train.loader import Loader, windows
+        from ..train.loop import Training
+        from ..train.run import build_lookup, fit_vocabulary, prepare_text
+        from ..train.tokenizer import tokenizer_digest
+
+        versions = {"engram_lm": __version__, "torch": torch.__version__, "its source": source_digest()}
+        require_equal(ranks, {"the command": configs.to_dict(self), **versions})
+        data, tokenizer = prepare_text(
+            self.data,
+            self.out,
+            tokenizer=self.tokenizer,
+            vocab_size=self.config.model.vocab_size,
+            say=console.print,
+            ranks=ranks,
+        )
+        config = fit_vocabulary(self.config, tokenizer)
+        facts = {"tokenizer_digest": tokenizer_digest(tokenizer), "text": data.meta.train.tokens_crc32}
+        require_equal(ranks, facts)
+        token_bytes = bytes_of_tokens(tokenizer)
+
+        def evaluate(model, lookup):  # type: ignore[no-untyped-def]
+            losses = measure(model, lookup, windows(data.val, config.batch_size, config.length, 256), token_bytes)
+            return {"val_loss": losses.mean, "val_interval": losses.interval, "bits_per_byte": losses.bits_per_byte}
+
+        return Training(
+            config,
+            self.out,
+            Loader(data.train, config.batch_size, config.length, config.seed),
+            build_lookup(config, tokenizer, self.out, ranks=ranks),
+            evaluate=evaluate,
+            facts=facts,
+            resume=self.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+            tensorboard=True,
+            ranks=ranks,
+        )
 
 
 @dataclass(frozen=True)
@@ -318,6 +353,7 @@ def parse(arguments: Sequence[str]) -> Any:
         "facts": Facts,
         "probe": Probe,
         "needle": Needle,
+        "plan": Plan,
         "retrofit": Retrofit,
         "cartridge": Cartridge,
         "count": Count,

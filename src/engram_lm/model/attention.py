@@ -1,7 +1,8 @@
 """Attention: grouped queries for small models, multi-head latent attention (DeepSeek-V2, 2.1) for large ones.
 
 Both map `(x, positions, cache, mask)` to `(y, cache)`. A cache is a value: the one that is passed in stays as
-it was, so a caller can keep it to roll back, or index its batch to reorder beams.
+it was, so a caller can keep it to roll back, or index its batch to reorder beams. Where a sequence is divided over
+neighbours, what they hold of the positions before takes the cache's place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .neighbours import Neighbours
 from .norm import RMSNorm
 from .rope import rotate
 
@@ -140,7 +142,12 @@ class GroupedQueryAttention(nn.Module):
         self.out = nn.Linear(config.heads * config.head_dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: KeyValueCache | None = None,
+        mask: Tensor | None = None,
+        neighbours: Neighbours | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """x [B, T, D] at positions [T] -> y [B, T, D], and the longer cache. mask: see `attend`."""
         by_head = (-1, self.config.head_dim)
@@ -150,6 +157,8 @@ class GroupedQueryAttention(nn.Module):
         query, key = (rotate(vector, positions, self.config.rope_theta) for vector in (query, key))
         if cache is not None:
             key, value = torch.cat([cache.key, key], dim=1), torch.cat([cache.value, value], dim=1)
+        if neighbours is not None:
+            key, value = neighbours.with_past(torch.cat([key, value], dim=-1)).chunk(2, dim=-1)
         y = attend(query, key, value, mask)
         return self.out(y.flatten(-2)), KeyValueCache(key, value)
 
@@ -183,7 +192,12 @@ class LatentAttention(nn.Module):
         self.out = nn.Linear(config.heads * config.value_dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: LatentCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: LatentCache | None = None,
+        mask: Tensor | None = None,
+        neighbours: Neighbours | None = None,
     ) -> tuple[Tensor, LatentCache]:
         """x [B, T, D] at positions [T] -> y [B, T, D], and the longer cache. mask: see `attend`."""
         config = self.config
@@ -197,6 +211,9 @@ class LatentAttention(nn.Module):
         if cache is not None:
             latent = torch.cat([cache.latent, latent], dim=1)
             rope_key = torch.cat([cache.rope_key, rope_key], dim=1)
+        if neighbours is not None:
+            both = neighbours.with_past(torch.cat([latent, rope_key], dim=-1))
+            latent, rope_key = both.split([config.kv_rank, config.rope_dim], dim=-1)
         cache = LatentCache(latent, rope_key)
 
         form = self.absorbed if self.absorbing_is_cheaper(x.shape[1], latent.shape[1]) else self.expanded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,12 @@ class MixtureOfExperts(nn.Module):
 
     `bias` decides who is chosen, never how much an expert counts, so it needs no gradient: training forwards
     add to `load`, and once a step `balance` raises the bias of experts that had less than their share.
+
+    exchange: what runs in the place of `grouped_swiglu`, with its arguments, when other processes hold some of the
+    experts; None where all are here.
     """
 
+    exchange: Callable[..., Tensor] | None = None
     bias: Tensor
     load: Tensor
 
@@ -104,9 +109,7 @@ class MixtureOfExperts(nn.Module):
             self.load += load
 
         x = tokens.repeat_interleave(self.config.active, dim=0)[order]  # [N * A, D], expert by expert
-        ends = load.cumsum(0)
-        hidden = F.silu(grouped_linear(x, self.gate, ends)) * grouped_linear(x, self.up, ends)
-        y = grouped_linear(hidden, self.down, ends)
+        y = (self.exchange or grouped_swiglu)(x, load, self.gate, self.up, self.down)
         return y[order.argsort()].unflatten(0, chosen.shape)
 
     @torch.no_grad()
@@ -115,6 +118,16 @@ class MixtureOfExperts(nn.Module):
         load = self.load.float()
         self.bias += self.config.balance_speed * (load.mean() - load).sign()
         self.load.zero_()
+
+
+def grouped_swiglu(x: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Rows of x [N, D], sorted by expert, each through its expert's SwiGLU -> [N, D].
+
+    counts: [E] int64, the rows of each expert; N together. gate, up: [E, width, D]. down: [E, D, width].
+    """
+    ends = counts.cumsum(0)
+    hidden = F.silu(grouped_linear(x, gate, ends)) * grouped_linear(x, up, ends)
+    return grouped_linear(hidden, down, ends)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -128,7 +141,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    if x.dtype == torch.bfloat16 and aligned:
+    if x.dtype == torch.bfloat16 and aligned and len(x):  # the kernel refuses to have nothing to do
         return F.grouped_mm(x, weight.mT, offs=ends.int())
     return grouped_linear_loop(x, weight, ends)
 

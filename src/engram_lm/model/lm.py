@@ -7,7 +7,8 @@
         h = h + ffn(norm(h))
     logits = head(norm(mean of the streams))                              [B, T, V]
 
-State is a value that goes in and comes out, so a text may be read in chunks of any length.
+State is a value that goes in and comes out, so a text may be read in chunks of any length. Or it is divided: a model
+that has neighbours is given one chunk of each text, and they the others, at the same time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..tables import Fetch
 from .attention import AttentionConfig, Cache, build_attention
 from .ffn import MixtureOfExperts, MoEConfig, SwiGLU
 from .hyper import HyperConnection, build_connection
+from .neighbours import Neighbours
 from .norm import RMSNorm
 
 
@@ -119,9 +121,10 @@ class Context(NamedTuple):
 
     positions: Tensor  # [T]
     mask: Tensor | None  # [B, 1, T, S] bool; None is causal
-    segments: Tensor | None  # [B, T]; None if no document ends inside a row
+    segments: Tensor | None  # [B, T], with neighbours [B, S]; None if no document ends inside a row
     keep: Tensor | None  # [B, T] bool
     with_state: bool
+    neighbours: Neighbours | None
 
 
 class Block(nn.Module):
@@ -153,7 +156,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """h [B, T, M, D], this layer's rows [B, T, K, d] -> h [B, T, M, D], and the state after it."""
         cache, memory_state = state or (None, None)
-        if self.memory is not None:
+        if self.memory is not None and context.neighbours is not None:
+            assert rows is not None  # the model was given some
+            h = h + recall_beside(context.neighbours, self.memory, h, rows, context)
+        elif self.memory is not None:
             delta, memory_state = self.memory(
                 h,
                 rows,
@@ -164,7 +170,7 @@ class Block(nn.Module):
             )
             h = h + delta
         x, write = self.attention_connection(h)
-        y, cache = self.attention(self.attention_norm(x), context.positions, cache, context.mask)
+        y, cache = self.attention(self.attention_norm(x), context.positions, cache, context.mask, context.neighbours)
         h = write(y)
         x, write = self.ffn_connection(h)
         h = write(self.ffn(self.ffn_norm(x)))
@@ -176,7 +182,12 @@ class LanguageModel(nn.Module):
 
     `LanguageModel.build` gives one that is ready to train; the bare constructor leaves parameters to
     `init_weights` or to a checkpoint (so that it can run on the meta device).
+
+    neighbours: the ranks that each text of a batch is divided over, while it is: tokens, rows, targets, segments and keep
+    are then this rank's chunk of it, and so are hidden states and losses. None for whole texts.
     """
+
+    neighbours: Neighbours | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -214,10 +225,16 @@ class LanguageModel(nn.Module):
         False silences the memory at a position. padding: [B, T] bool, True where there is no token: nothing looks
         there, now or later. state: where an earlier chunk ended; a state is returned when asked for or given.
 
-        Raises MismatchError when rows and memory do not belong together, or segments are given with a state.
+        Raises MismatchError when rows and memory do not belong together, segments are given with a state, or a state or
+        padding with neighbours.
         """
         self._check_given(rows, tokens)
         with_state = with_state or state is not None
+        if self.neighbours is not None and (with_state or padding is not None):
+            raise MismatchError(
+                "a state or padding came together with neighbours: both speak of whole texts, but this rank has only a "
+                "chunk of each, and would have taken it for the beginning. Decode with neighbours = None."
+            )
         if with_state and segments is not None:
             raise MismatchError(
                 "segments were given together with a state: a state holds one document a sequence, and later "
@@ -225,7 +242,10 @@ class LanguageModel(nn.Module):
             )
         start, layers, before = state or ModelState(0, (None,) * self.config.layers)
         length = tokens.shape[1]
-        mask = None if segments is None else segment_mask(segments)
+        if self.neighbours is not None:
+            start = self.neighbours.rank * length
+            segments = None if segments is None else self.neighbours.with_past(segments)
+        mask = None if segments is None else segment_mask(segments, start)
         segments = None if mask is None else segments
         everywhere = padding_so_far(before, padding, start, tokens)
         if everywhere is not None:
@@ -238,6 +258,7 @@ class LanguageModel(nn.Module):
             segments=segments,
             keep=keep,
             with_state=with_state,
+            neighbours=self.neighbours,
         )
 
         # Normalised, or a small embedding would drown in the first sublayers' outputs and a large one learn
@@ -354,13 +375,29 @@ class LanguageModel(nn.Module):
             )
 
 
-def segment_mask(segments: Tensor) -> Tensor | None:
-    """segments [B, T] -> causal mask [B, 1, T, T] bool within documents; None if none ends inside a row."""
+def recall_beside(neighbours: Neighbours, memory: Engram, h: Tensor, rows: Tensor, context: Context) -> Tensor:
+    """What a memory adds to a chunk h [B, T, M, D] whose short convolution looks into the chunks before.
+
+    The few positions that it sees there are fused once more and dropped, so that a chunk is fused as a whole text is.
+    """
+    length, tail = h.shape[1], memory.config.tail
+    h, rows = neighbours.with_past(h, tail), neighbours.with_past(rows, tail)
+    keep = None if context.keep is None else neighbours.with_past(context.keep, tail)
+    segments = None if context.segments is None else context.segments[:, -h.shape[1] :]
+    delta, _ = memory(h, rows, segments=segments, keep=keep)
+    return delta[:, -length:]
+
+
+def segment_mask(segments: Tensor, first: int = 0) -> Tensor | None:
+    """segments [B, S] -> causal mask [B, 1, S - first, S] bool within documents, for the positions from `first` on.
+
+    None if no document ends inside a row.
+    """
     change = segments[:, 1:] != segments[:, :-1]
     if not change.any():
         return None
     document = F.pad(change, (1, 0)).cumsum(1)  # a number that comes back after a change is another document
-    return (document[:, :, None] == document[:, None, :]).tril().unsqueeze(1)
+    return (document[:, first:, None] == document[:, None, :]).tril(first).unsqueeze(1)
 
 
 def padding_so_far(before: Tensor | None, now: Tensor | None, start: int, tokens: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..hashing import HashConfig, HashPlan, hash_ngrams
 from ..tables import Fetch, Table, deduplicate, expand
+from ..tables.base import Later
 from ..tokens import CanonicalVocabulary
 
 
@@ -40,10 +41,20 @@ class Upcoming:
     inverse: Tensor  # [B, T, L, K] int64
     fetch: Fetch
 
+    @cached_property
     def leaf(self) -> Leaf:
         """Wait for them."""
         rows = self.fetch.rows()
         return Leaf(self.unique, self.inverse.to(rows.device), rows.requires_grad_())
+
+    def part(self, first: int, last: int) -> Fetch:
+        """`leaf.expand`, once the model wants them: the blocks before its first memory need not wait."""
+        return Later(lambda: self.leaf.expand(first, last))
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        """Distinct rows whose gradients this process applies, and the gradients [U, d], after a backward."""
+        rows = self.leaf.rows
+        return self.fetch.collect(self.unique, torch.zeros_like(rows) if rows.grad is None else rows.grad)
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,14 @@ class Lookup:
         ids, history = self.ids(tokens, history=history)
         return self.table.prefetch(ids), history
 
-    def upcoming(self, tokens: Tensor, segments: Tensor | None = None) -> Upcoming:
-        """Start fetching the distinct rows of a training batch [B, T]."""
-        unique, inverse = deduplicate(self.ids(tokens, segments=segments)[0])
+    def upcoming(self, ids: Tensor) -> Upcoming:
+        """Start fetching the distinct rows of a training batch's ids [B, T, L, K]."""
+        unique, inverse = deduplicate(ids)
         return Upcoming(unique, inverse, self.table.prefetch(unique))
 
     def leaf(self, tokens: Tensor, segments: Tensor | None = None) -> Leaf:
         """The distinct rows of a training batch [B, T] as a leaf."""
-        return self.upcoming(tokens, segments).leaf()
+        return self.upcoming(self.ids(tokens, segments=segments)[0]).leaf
 
     @cached_property
     def digest(self) -> str:

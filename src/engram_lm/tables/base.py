@@ -32,6 +32,7 @@ class Fetch(Protocol):
 
     def begin(self) -> None:
         """No row will be updated before these are taken: what had to wait for that may start."""
+        return
 
     def collect(self, ids: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients [U, d] of the distinct ids [U] that were asked for -> those that this process applies.

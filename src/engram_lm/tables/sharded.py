@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import MismatchError
+from ..errors import ConfigError, MismatchError
 from . import codec
 from .base import Fetch, Table
 from .dedup import deduplicate
 from .expand import add_up
 from .pieces import load_table, piece_name
 from .rows import RowFormat
+from .tiers import TableConfig, build_table
 
 NEAR = torch.iinfo(torch.int32).max  # rows of a shard that four bytes tell apart
 
@@ -154,6 +155,37 @@ class ShardedTable(Table):
         """Wait for rows under way and release the shard."""
         self.worker.shutdown()
         self.shard.close()
+
+
+def build_sharded(
+    config: TableConfig,
+    num_rows: int,
+    dim: int,
+    *,
+    digest: str,
+    directory: Path,
+    device: torch.device | str = "cpu",
+    group: dist.ProcessGroup,
+) -> ShardedTable:
+    """A table of the configured tier divided among the ranks of a group, all of which call this; on disk a file each.
+
+    Raises ConfigError for a table that is not exact, and what `build_table` raises.
+    """
+    if config.asynchronous:
+        raise ConfigError(
+            "table.asynchronous lets rows miss updates; among several ranks each would miss others of them."
+        )
+    device, rank, size = torch.device(device), dist.get_rank(group), dist.get_world_size(group)
+    tier = config.tier_on(device)
+    if tier == "disk":
+        file = Path(config.file) if config.file else directory / "table.safetensors"
+        config = replace(config, file=str(file.with_name(f"{file.stem}-{rank}-of-{size}{file.suffix}")))
+    part, rows = part_of(config.form(dim), num_rows, rank, size)
+    where = device if tier == "device" else "cpu"  # else rows go on to the device by themselves
+    config = replace(config, tier=tier)
+    shard = build_table(config, rows, dim, digest=digest, directory=directory, device=where, first=part.first)
+    ranks = dist.get_process_group_ranks(group)
+    return ShardedTable(shard, num_rows, Lanes(*(dist.new_group(ranks) for _ in Lanes._fields)), device)
 
 
 class Exchange(Fetch):

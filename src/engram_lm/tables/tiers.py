@@ -50,6 +50,10 @@ class TableConfig:
         if self.file and self.tier != "disk":
             raise ConfigError(f"table.file {self.file!r} was given with tier {self.tier!r}: only tier disk reads it.")
 
+    def tier_on(self, device: torch.device) -> Literal["device", "host", "disk"]:
+        """The tier, where `auto` leaves it to the device that computes."""
+        return self.tier if self.tier != "auto" else "device" if device.type == "cuda" else "host"
+
     def form(self, dim: int, first: int = 0) -> RowFormat:
         """The format of rows of width `dim` that are trained. first: the number of row 0 in the whole table."""
         return RowFormat(dim, self.encoding, std=self.std, seed=self.seed, first=first)
@@ -71,7 +75,7 @@ def build_table(
     Raises MismatchError when the file belongs to another plan or holds rows of another format.
     """
     form, device = config.form(dim, first), torch.device(device)
-    tier = config.tier if config.tier != "auto" else "device" if device.type == "cuda" else "host"
+    tier = config.tier_on(device)
     if tier == "device":
         return DeviceTable(num_rows, form, device)
     if tier == "host":

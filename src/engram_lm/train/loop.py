@@ -26,12 +26,17 @@ from .. import __version__
 from .. import config as configs
 from ..errors import CheckpointError, ConfigError, MismatchError, TrainingError
 from ..model.lm import LanguageModel, ModelConfig
-from ..model.lookup import Leaf, Lookup, Upcoming
+from ..model.lookup import Lookup, Upcoming
 from ..tables import TableConfig
+from ..tables.pieces import load_table
+from ..tables.sharded import ShardedTable
 from . import checkpoint as checkpoints
 from .loader import Batch, LoaderState
 from .optim import OptimConfig, Optimizer, schedule
+from .parallel import Parallel, ParallelConfig
 from .precision import Precision, autocast, resolve
+from .ranks import Ranks
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class TrainConfig:
     """Load the next batch and fetch its rows while this one computes; the result is the same to the bit."""
     table: TableConfig = field(default_factory=TableConfig)
     """Where the memory's rows live, and how they are encoded."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How several ranks share the run; see torchrun."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "length", "accumulate", "keep_checkpoints"):
@@ -104,7 +111,8 @@ class Training:
     lookup: the memory's vocabulary, plan and table; None for a model without one. evaluate: called every `eval_every`
     steps and at the end; what it returns joins the metrics. facts: names and digests kept in every checkpoint and
     compared on resume (the tokenizer's digest, say). resume: go on from the newest checkpoint, if there is one.
-    tensorboard: write event files too, where TensorBoard is installed.
+    tensorboard: write event files too, where TensorBoard is installed. ranks: all processes of the run, each of which builds and
+    steps this; rank 0 alone writes metrics, and all see one file system.
 
     Raises CheckpointError (directory in use, or holding a run already; disk full; corrupt checkpoint), MismatchError
     (resuming with another configuration, tokenizer or plan) and TrainingError (a loss that is not finite).
@@ -121,32 +129,43 @@ class Training:
         facts: dict[str, Any] | None = None,
         resume: bool = False,
         tensorboard: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.directory, self.batches, self.lookup = config, directory, batches, lookup
-        self.evaluate = evaluate
+        self.evaluate, self.ranks = evaluate, ranks or Ranks()
+        self.stop = False
+        """Set by whoever wants the run to stop; after the next step it is set on every rank."""
         self.device = choose_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
+        self.parallel = Parallel(config, self.ranks, self.device)
+        settings = configs.to_dict(config)
+        del settings["parallel"]  # a run may go on with another number of ranks
         self.identity = {
-            "config": configs.to_dict(config),
+            "config": settings,
             "address_digest": lookup.digest if lookup else None,
             **(facts or {}),
         }
         self.done_steps, self.loader_state, self.saved_step = 0, LoaderState(), 0
-        self.claim = checkpoints.claim(directory)
+        self.claim = self.ranks.first(lambda: checkpoints.claim(directory))
         try:
             self.model = LanguageModel.build(config.model, seed=config.seed, device=self.device)
-            self.optimizer = Optimizer(self.model, config.optim)
-            newest = checkpoints.latest(directory / "checkpoints")
+            self.parallel.divide(self.model)
+            self.optimizer = Optimizer(self.model, config.optim, self.ranks)
+            newest = self.ranks.everyones(checkpoints.latest(directory / "checkpoints"))[0]
             if resume and newest:
                 self._restore(newest)
             else:  # a run killed before its first checkpoint begins again
-                start_directory(directory, config, again=resume)
+                self.ranks.first(lambda: start_directory(directory, config, again=resume))
                 if lookup:
                     lookup.table.begin(again=resume)
-            self.metrics = Metrics(directory / "metrics.jsonl", after=self.done_steps, tensorboard=tensorboard)
+            writes = self.ranks.rank == 0
+            self.metrics = Metrics(
+                directory / "metrics.jsonl" if writes else None, after=self.done_steps, tensorboard=tensorboard
+            )
         except BaseException:
-            self.claim.close()
+            if self.claim:
+                self.claim.close()
             raise
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="engram-batch") if config.prefetch else None
         self.ahead: Future[Prepared] | None = None
@@ -160,15 +179,17 @@ class Training:
     def step(self) -> dict[str, float]:
         """One optimizer step, and the evaluation and checkpoint that are due after it; the step's metrics."""
         began = time.perf_counter()
-        batch, leaf, loader_state = self._arrived()
+        batch, rows, loader_state = self._arrived()
         self.model.train()
-        loss, norm, multiple = self._update(batch, leaf)
+        loss, norm, multiple = self._update(batch, rows)
         self.loader_state = loader_state
         self.done_steps += 1
         at = {"step": self.done_steps, "tokens": self.done_steps * batch.tokens.numel()}
         measured = {"loss": loss, "norm": norm, "lr": multiple, "seconds": time.perf_counter() - began}
         self.metrics.add(**at, **measured)
         if self.evaluate and self._due(self.config.eval_every):
+            if self.ahead:
+                self.ahead.result()  # ranks fetch in the same order: first the next batch, then what is evaluated
             self.model.eval()
             with torch.no_grad(), autocast(self.config.precision, self.device):
                 self.metrics.add(**at, **self.evaluate(self.model, self.lookup))
@@ -176,43 +197,54 @@ class Training:
             self.save()
         return {**at, **measured}
 
-    def _arrived(self) -> tuple[Batch, Leaf | None, LoaderState]:
+    def _arrived(self) -> tuple[Batch, Upcoming | None, LoaderState]:
         """The batch that is due and its rows; while it computes, the one after it is prepared."""
         due = self.ahead.result() if self.ahead else self._prepare(self.loader_state)
-        leaf = due.rows.leaf() if due.rows else None
+        if due.rows:
+            due.rows.fetch.begin()
         last = self.done_steps + 1 == self.config.steps
         self.ahead = None if last or not self.worker else self.worker.submit(self._prepare, due.after)
-        return due.batch, leaf, due.after
+        return due.batch, due.rows, due.after
 
     def _prepare(self, state: LoaderState) -> Prepared:
         """Load, address, and start to fetch the batch at `state`."""
         batch, after = self.batches.next(state)
-        return Prepared(batch, self.lookup.upcoming(batch.tokens, batch.segments) if self.lookup else None, after)
+        return Prepared(
+            batch, self.lookup.upcoming(self.parallel.ids(self.lookup, batch)) if self.lookup else None, after
+        )
 
-    def _update(self, batch: Batch, leaf: Leaf | None) -> tuple[float, float, float]:
+    def _update(self, batch: Batch, upcoming: Upcoming | None) -> tuple[float, float, float]:
         """Backward through the batch in `accumulate` parts, then update; loss (nats a token), gradient norm, lr multiple."""
-        batch = on(batch, self.device)
-        count = (batch.targets >= 0).sum().clamp_min(1)
+        count = (batch.targets >= 0).sum().clamp_min(1).to(self.device)
         total = torch.zeros((), device=self.device)
-        size = len(batch.tokens) // self.config.accumulate
-        for first in range(0, len(batch.tokens), size):
-            part = on(batch, self.device, slice(first, first + size))
+        ours = self.parallel.part(batch)
+        size = len(ours.tokens) // self.config.accumulate
+        self.model.neighbours = self.parallel.neighbours()
+        for first in range(0, len(ours.tokens), size):
+            part = on(ours, self.device, slice(first, first + size))
             with autocast(self.config.precision, self.device):
-                rows = leaf.expand(first, first + size) if leaf else None
+                rows = upcoming.part(first, first + size) if upcoming else None
+                if rows and self.config.compile:
+                    rows = rows.rows()  # to be waited for outside of the graph
                 losses = self.loss_of(part.tokens, part.targets, rows, segments=part.segments, reduction="none")
             loss = losses.sum() / count
             loss.backward()
             total += loss.detach()
+        self.model.neighbours = None
 
-        norm = self.optimizer.clip([leaf.rows] if leaf else [])
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise TrainingError(self._not_finite(float(total), norm))
+        ids, grads = upcoming.collect() if upcoming else (None, None)
+        self.parallel.sum_gradients(self.model)
+        norm = self.optimizer.clip([] if grads is None else [grads])
+        nats, stop = self.parallel.sum(float(total), self.stop)
+        self.stop = stop > 0
+        if not (math.isfinite(nats) and math.isfinite(norm)):
+            raise TrainingError(self._not_finite(nats, norm))
         multiple = schedule(self.config.optim, self.done_steps, self.config.steps)
         self.optimizer.step(multiple)
-        if leaf and self.lookup and leaf.rows.grad is not None:
-            self.lookup.table.update(leaf.unique, leaf.rows.grad, self.config.optim.peak_table_lr * multiple)
-        self.model.balance()
-        return float(total), norm, multiple
+        if self.lookup and ids is not None and grads is not None:
+            self.lookup.table.apply(ids, grads, self.config.optim.peak_table_lr * multiple)
+        self.parallel.balance(self.model)
+        return nats, norm, multiple
 
     def _due(self, every: int) -> bool:
         return self.done or (every > 0 and self.done_steps % every == 0)
@@ -227,7 +259,7 @@ class Training:
             **self.identity,
             "loader": asdict(self.loader_state),
             "table_clock": table.clock if table else None,
-            "environment": environment(self.config, self.device),
+            "environment": environment(self.config, self.device) | {"ranks": self.ranks.size},
         }
         directory = self.directory / "checkpoints"
         checkpoints.save(
@@ -237,6 +269,7 @@ class Training:
             facts,
             keep=self.config.keep_checkpoints,
             also=table.save if table else None,
+            ranks=self.ranks,
         )
         self.saved_step = self.done_steps
         if table:
@@ -244,21 +277,29 @@ class Training:
 
     def _restore(self, newest: Path) -> None:
         """Take over a checkpoint of the same run."""
-        saved = checkpoints.Checkpoint(newest)
+        saved = checkpoints.Checkpoint(newest, self.ranks)
         for name, value in self.identity.items():
-            if saved.facts.get(name) != value:
-                raise MismatchError(f"{newest}: {explain_mismatch(name, saved.facts.get(name), value)}")
-        for name, value in environment(self.config, self.device).items():
-            if saved.facts["environment"].get(name) != value:
+            found = saved.facts.get(name)
+            if name == "config":
+                found = {key: setting for key, setting in found.items() if key != "parallel"}
+            if found != value:
+                raise MismatchError(f"{newest}: {explain_mismatch(name, found, value)}")
+        for name, value in (environment(self.config, self.device) | {"ranks": self.ranks.size}).items():
+            then = saved.facts["environment"].get(name, 1 if name == "ranks" else None)
+            if then != value and self.ranks.rank == 0:
                 warnings.warn(
-                    f"{newest} was written with {name} = {saved.facts['environment'].get(name)}, this run has {value}: "
+                    f"{newest} was written with {name} = {then}, this run has {value}: "
                     "it goes on, but the last bits may differ from an uninterrupted run's.",
                     stacklevel=2,
                 )
-        self.model.load_state_dict(saved.part("model"))
-        self.optimizer.load_state(saved.part("optimizer"))
+        saved.load_into("model", self.model.state_dict())
+        saved.load_into("optimizer", self.optimizer.state())
         if self.lookup:
-            self.lookup.table.load(newest, saved.facts["table_clock"])
+            table, clock = self.lookup.table, saved.facts["table_clock"]
+            if isinstance(table, ShardedTable):
+                table.load(newest, clock)
+            else:
+                load_table(table, newest, clock)
         self.done_steps = self.saved_step = int(saved.facts["step"])
         self.loader_state = LoaderState(**saved.facts["loader"])
 
@@ -269,7 +310,8 @@ class Training:
             self.worker.shutdown()
         if self.metrics.board:
             self.metrics.board.close()
-        self.claim.close()
+        if self.claim:
+            self.claim.close()
 
     def _not_finite(self, loss: float, norm: float) -> str:
         kept = checkpoints.latest(self.directory / "checkpoints")
@@ -287,7 +329,8 @@ def train(training: Training, label: str = "train") -> bool:
 
 def train_together(trainings: dict[str, Training]) -> bool:
     """Run several to their ends, a step of each in turn, so that they share whatever else the machine is doing."""
-    with interruptible() as stopped, progress_bar() as progress:
+    ranks = next(iter(trainings.values())).ranks
+    with interruptible() as stopped, progress_bar(hidden=ranks.rank > 0) as progress:
         bars = {
             label: progress.add_task(
                 label, total=run.config.steps, completed=run.done_steps, loss=run.metrics.last_loss, speed=0.0
@@ -296,16 +339,18 @@ def train_together(trainings: dict[str, Training]) -> bool:
         }
         speed: dict[str, float] = {}
         try:
-            while not (stopped() or all(run.done for run in trainings.values())):
-                for label, run in trainings.items():
-                    if not run.done:
-                        line = run.step()
-                        now = line["tokens"] / line["step"] / line["seconds"]
-                        speed[label] = 0.9 * speed.get(label, now) + 0.1 * now
-                        progress.update(bars[label], completed=line["step"], loss=line["loss"], speed=speed[label])
-            if stopped():
-                for run in trainings.values():
-                    run.save()
+            with Watch(ranks) as watch:
+                while not (any(run.stop for run in trainings.values()) or all(run.done for run in trainings.values())):
+                    for label, run in trainings.items():
+                        if not run.done:
+                            run.stop, watch.step = stopped(), run.done_steps + 1
+                            line = run.step()
+                            now = line["tokens"] / line["step"] / line["seconds"]
+                            speed[label] = 0.9 * speed.get(label, now) + 0.1 * now
+                            progress.update(bars[label], completed=line["step"], loss=line["loss"], speed=speed[label])
+                if not all(run.done for run in trainings.values()):
+                    for run in trainings.values():
+                        run.save()
         finally:
             for run in trainings.values():
                 run.close()
@@ -378,13 +423,18 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
 
 
 class Metrics:
-    """metrics.jsonl: a line a step or evaluation. On resume, lines after the checkpoint are dropped; they come again."""
+    """metrics.jsonl: a line a step or evaluation. On resume, lines after the checkpoint are dropped; they come again.
 
-    def __init__(self, path: Path, after: int, tensorboard: bool = False) -> None:
-        self.path = path
-        self.board = summary_writer(path.parent / "tensorboard", after) if tensorboard else None
-        self.lines = [line for line in read_metrics(path) if line["step"] <= after]
-        checkpoints.write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+    path: None for a rank that only remembers them.
+    """
+
+    def __init__(self, path: Path | None, after: int, tensorboard: bool = False) -> None:
+        self.path, self.board = path, None
+        self.lines: list[dict[str, Any]] = []
+        if path:
+            self.board = summary_writer(path.parent / "tensorboard", after) if tensorboard else None
+            self.lines = [line for line in read_metrics(path) if line["step"] <= after]
+            checkpoints.write_whole(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     @property
     def last_loss(self) -> float:
@@ -394,6 +444,8 @@ class Metrics:
     def add(self, **values: Any) -> None:
         """Append a line and hand it to the operating system. Raises CheckpointError when the disk is full."""
         self.lines.append(values)
+        if not self.path:
+            return
         if self.board:
             for name in values.keys() - {"step", "tokens"}:
                 self.board.add_scalar(name, values[name], values["step"])
@@ -447,8 +499,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def progress_bar() -> Progress:
-    """The columns of a training run."""
+def progress_bar(hidden: bool = False) -> Progress:
+    """The columns of a training run; `hidden` for ranks whose progress another shows."""
     return Progress(
         TextColumn("{task.description:>12}"),
         BarColumn(),
@@ -457,4 +509,5 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[speed]:,.0f} tok/s"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        disable=hidden,
     )

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from ..errors import ConfigError, MismatchError
 from .precision import bf16_is_fast
+from .ranks import Ranks
+from .sharding import divided_as, is_first_to_hold, local, rows_divided_among
 
 
 @dataclass(frozen=True)
@@ -99,39 +103,72 @@ def rule_of(name: str) -> Rule:
 
 
 class Optimizer:
-    """Every parameter of a model, each under the rule that names it."""
+    """Every parameter of a model, each under the rule that names it.
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self.config = config
+    ranks: all that take the same steps; None for a process that runs alone. Parameters may be DTensors, each on a mesh of its own; each rank then updates its
+    part of them. Gradients are those of the whole batch: the same on every rank that holds the same part.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
         self.muon: dict[str, Tensor] = {}
-        adamw: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
-        self.adamw_names: list[str] = []
+        self.adamw_parameters: dict[str, Tensor] = {}
+        groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
         for name, parameter in sorted(model.named_parameters(), key=lambda item: (rule_of(item[0]).pattern, item[0])):
             rule = rule_of(name)
             if rule.optimizer == "muon":
                 self.muon[name] = parameter
             else:
-                adamw[rule.lr, rule.weight_decay].append(parameter)
-                self.adamw_names.append(name)
+                groups[rule.lr, rule.weight_decay].append(parameter)
+                self.adamw_parameters[name] = parameter
         self.momenta = {name: torch.zeros_like(parameter) for name, parameter in self.muon.items()}
-        groups = [
-            {
-                "params": parameters,
-                "lr": lr * config.lr,
-                "peak": lr * config.lr,
-                "weight_decay": decay * config.weight_decay,
+        self.adamw = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": lr * config.lr,
+                    "peak": lr * config.lr,
+                    "weight_decay": decay * config.weight_decay,
+                }
+                for (lr, decay), parameters in groups.items()
+            ],
+            betas=(config.betas[0], config.betas[1]),
+            eps=1e-10,
+            fused=True,
+        )
+        for held in self.adamw_parameters.values():  # as AdamW would, but now: a checkpoint is read into them
+            self.adamw.state[held] = {
+                "step": torch.zeros((), device=held.device),
+                "exp_avg": torch.zeros_like(held),
+                "exp_avg_sq": torch.zeros_like(held),
             }
-            for (lr, decay), parameters in adamw.items()
-        ]
-        self.adamw = torch.optim.AdamW(groups, betas=(config.betas[0], config.betas[1]), eps=1e-10, fused=True)
         self.parameters = list(model.parameters())
-        if len(self.muon) + len(self.adamw_names) != len(self.parameters):
+        if len(self.muon) + len(self.adamw_parameters) != len(self.parameters):
             raise AssertionError("every parameter is in exactly one group")
 
+    @torch.no_grad()
     def clip(self, also: Iterable[Tensor] = ()) -> float:
-        """Scale all gradients, those of `also` too, to the configured norm; returns the norm before."""
-        limit = self.config.clip or math.inf
-        return float(torch.nn.utils.clip_grad_norm_([*self.parameters, *also], limit))
+        """Scale all gradients, those of `also` too, to the configured norm; returns the norm before, on every rank the same.
+
+        also: gradients of this rank alone, such as those of the memory rows that it owns.
+        """
+        own = list(also)
+        shared = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.ranks.group is None:
+            norm = get_total_norm([*shared, *own])
+        else:  # each part of each tensor is counted once
+            counted = [local(gradient) for gradient in shared if is_first_to_hold(gradient, self.ranks.rank)] + own
+            norm = get_total_norm([gradient for gradient in counted if gradient.numel()])
+            square = norm.to(self.parameters[0].device, torch.float64).square()
+            dist.all_reduce(square, group=self.ranks.group)
+            norm = square.sqrt()
+        scale = ((self.config.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for gradient in [*map(local, shared), *own]:
+            by_device[gradient.device].append(gradient)
+        for device, gradients in by_device.items():
+            torch._foreach_mul_(gradients, scale.to(device, gradients[0].dtype))
+        return float(norm)
 
     def step(self, multiple: float) -> None:
         """Apply and clear the gradients at `multiple` of the peak learning rates."""
@@ -149,44 +186,53 @@ class Optimizer:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of optimizer state under a flat name, for a checkpoint."""
+        """Every tensor of optimizer state under a flat name, for a checkpoint; of a DTensor's state, DTensors."""
         state = {f"muon.{name}": momentum for name, momentum in self.momenta.items()}
-        for name, parameter in zip(self.adamw_names, self._adamw_parameters(), strict=True):
+        for name, parameter in self.adamw_parameters.items():
             state |= {f"adamw.{key}.{name}": value for key, value in self.adamw.state[parameter].items()}
         return state
 
+    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Take over what `state` gave, here or with parameters divided otherwise: whole tensors, or DTensors of this mesh.
+
+        Raises MismatchError when it is another model's.
+        """
         try:
-            for name, momentum in self.momenta.items():
-                momentum.copy_(state[f"muon.{name}"])
-            for name, parameter in zip(self.adamw_names, self._adamw_parameters(), strict=True):
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{key}.{name}" in state]
-                self.adamw.state[parameter] = {key: state[f"adamw.{key}.{name}"].clone() for key in keys}
+            for name, ours in self.state().items():
+                theirs = state[name]
+                if theirs.shape != ours.shape:
+                    raise RuntimeError(f"{name} has the shape {list(theirs.shape)}, not {list(ours.shape)}")
+                ours.copy_(divided_as(ours, theirs))
         except (KeyError, RuntimeError) as error:
             raise MismatchError(f"optimizer state is another model's: {error}") from None
 
-    def _adamw_parameters(self) -> list[Tensor]:
-        return [parameter for group in self.adamw.param_groups for parameter in group["params"]]
 
-
+@torch.no_grad()
 def muon_step(
     parameters: list[Tensor], momenta: list[Tensor], *, lr: float, momentum: float, weight_decay: float
 ) -> None:
-    """Muon with Nesterov momentum (Jordan 2024) on matrices [..., m, n], all of one shape orthogonalised together."""
-    by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    """Muon with Nesterov momentum (Jordan 2024) on matrices [..., m, n], all of one shape orthogonalised together.
+
+    They may be DTensors that are divided along their first dimension.
+    """
+    batches: dict[tuple[torch.Size, dist.ProcessGroup | None], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for parameter, buffer in zip(parameters, momenta, strict=True):
         if parameter.grad is None:
             continue
-        buffer.lerp_(parameter.grad, 1 - momentum)
-        update = parameter.grad.lerp_(buffer, momentum)
-        by_shape[parameter.shape[-2:]].append((parameter, update))
-    for shape, members in by_shape.items():
-        stacked = torch.cat([update.reshape(-1, *shape) for _, update in members])
+        gradient, average = local(parameter.grad), local(buffer)
+        average.lerp_(gradient, 1 - momentum)
+        update = gradient.lerp_(average, momentum)
+        batches[parameter.shape[-2:], rows_divided_among(parameter)].append((local(parameter), update))
+    for (shape, group), members in batches.items():
+        counts = [update.shape[:-2].numel() for _, update in members]
+        stacked = torch.cat(
+            [update.reshape(count, *update.shape[-2:]) for count, (_, update) in zip(counts, members, strict=True)]
+        )
+        orthogonal = orthogonalise_divided(stacked, shape[0], group) if group else orthogonalise(stacked)
         scale = 0.2 * math.sqrt(max(shape))
-        pieces = orthogonalise(stacked).split([parameter.numel() // shape.numel() for parameter, _ in members])
-        for (parameter, _), piece in zip(members, pieces, strict=True):
-            parameter.data.mul_(1 - lr * weight_decay).add_(piece.view_as(parameter), alpha=-lr * scale)
+        for (parameter, _), piece in zip(members, orthogonal.split(counts), strict=True):
+            parameter.mul_(1 - lr * weight_decay).add_(piece.view_as(parameter), alpha=-lr * scale)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -200,3 +246,29 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def orthogonalise_divided(parts: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
+    """`orthogonalise` for matrices [N, m, n] whose `rows` = m are divided among a group as a DTensor's are.
+
+    parts: the rows of each that this rank holds, [N, m', n]; so are the results. Every rank is sent some of the matrices
+    whole, orthogonalises them, and sends everyone their rows back: no work is done twice.
+    """
+    number, held, columns = parts.shape
+    size, rank = group.size(), group.rank()
+    share = -(-rows // size)
+    heights = [min(share, max(0, rows - other * share)) for other in range(size)]  # of each rank's part
+    numbers = [number * (other + 1) // size - number * other // size for other in range(size)]  # each orthogonalises
+    mine = [numbers[rank] * height * columns for height in heights]
+    theirs = [count * held * columns for count in numbers]
+
+    received = parts.new_empty(sum(mine))
+    dist.all_to_all_single(received, parts.flatten(), mine, theirs, group=group)
+    pieces = [
+        piece.view(numbers[rank], height, columns) for piece, height in zip(received.split(mine), heights, strict=True)
+    ]
+    orthogonal = orthogonalise(torch.cat(pieces, dim=1))
+    sent = torch.cat([piece.flatten() for piece in orthogonal.split(heights, dim=1)])
+    returned = torch.empty_like(parts)
+    dist.all_to_all_single(returned.view(-1), sent, theirs, mine, group=group)
+    return returned

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from ..errors import EngramError, TrainingError
+
+T = TypeVar("T")
+COUNT = count()  # of what rank 0 does for all: each has a key of its own
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,26 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns on rank 0, there; None on the others, which wait for it however long it takes.
+
+        Raises on every rank the EngramError that it raises.
+        """
+        if self.group is None:
+            return work()
+        key = f"first/{next(COUNT)}"
+        result, error, store = None, None, _get_default_store()
+        if self.rank == 0:
+            try:
+                result = work()
+            except EngramError as found:
+                error = found
+            store.set(key, "done")
+        while not store.check([key]):
+            time.sleep(0.02)
+        self.agree(error)
+        return result
 
     def agree(self, error: EngramError | None) -> None:
         """Raise on every rank the error that any of them gives, naming the rank: all go on, or none."""

@@ -20,9 +20,12 @@ from .. import config as configs
 from ..errors import CheckpointError, DataError, MismatchError
 from ..model.lm import LanguageModel
 from ..model.lookup import Lookup, address_digest, build_plan, build_vocabulary
-from ..tables import build_table
+from ..tables import Table, build_table
+from ..tables.pieces import load_table
+from ..tables.sharded import build_sharded
 from . import checkpoint as checkpoints
 from .loop import TrainConfig, choose_device, explain_mismatch
+from .ranks import Ranks
 from .shards import TokenData, open_shards, write_shards
 from .sources import read_documents
 from .tokenizer import id_limit, load_tokenizer, tokenizer_digest, train_tokenizer
@@ -36,14 +39,23 @@ def prepare_text(
     vocab_size: int = 4096,
     held_out: float = 0.05,
     say: Callable[[str], None] = print,
+    ranks: Ranks | None = None,
 ) -> tuple[TokenData, Tokenizer]:
     """Tokenizer and token shards of a text source in `directory`, made unless an earlier start left them there.
 
-    tokenizer: a file, directory or hub name; "" trains a byte-level BPE of `vocab_size` on every fourth document.
+    tokenizer: a file, directory or hub name; "" trains a byte-level BPE of `vocab_size` on every fourth document. ranks: all that
+    will use it; one of them prepares it, the others wait and open it.
     Raises DataError when `directory` holds the tokens of another source, MismatchError when another tokenizer made them.
     """
-    with checkpoints.claim(directory):
+
+    def prepare() -> tuple[TokenData, Tokenizer]:
         return _prepare(source, directory, tokenizer, vocab_size, held_out, say)
+
+    def alone() -> tuple[TokenData, Tokenizer]:
+        with checkpoints.claim(directory):
+            return prepare()
+
+    return (ranks or Ranks()).first(alone) or prepare()
 
 
 def _prepare(
@@ -79,25 +91,25 @@ def _prepare(
     return data, found
 
 
-def build_lookup(config: TrainConfig, tokenizer: Tokenizer, directory: Path, *, write: bool = True) -> Lookup | None:
+def build_lookup(
+    config: TrainConfig, tokenizer: Tokenizer, directory: Path, *, write: bool = True, ranks: Ranks | None = None
+) -> Lookup | None:
     """Vocabulary, plan and table of a run in `directory`; None for a model without a memory.
 
-    The table is empty, or a file that is there already; `write` opens that to be trained.
+    The table is empty, or a file that is there already; `write` opens that to be trained. ranks: all that the rows are divided
+    among.
     """
     memory = config.model.memory
     if memory is None:
         return None
     vocabulary = build_vocabulary(memory.hash, tokenizer)
     plan = build_plan(memory.hash, vocabulary)
-    table = build_table(
-        config.table,
-        plan.num_rows,
-        memory.engram.row_dim,
-        digest=address_digest(vocabulary, plan),
-        directory=directory,
-        device=choose_device(config.device),
-        write=write,
-    )
+    place = {"digest": address_digest(vocabulary, plan), "directory": directory, "device": choose_device(config.device)}
+    table: Table
+    if ranks and ranks.group is not None:
+        table = build_sharded(config.table, plan.num_rows, memory.engram.row_dim, group=ranks.group, **place)
+    else:
+        table = build_table(config.table, plan.num_rows, memory.engram.row_dim, write=write, **place)
     return Lookup(vocabulary, plan, table, shuffled=memory.hash.scheme == "shuffled")
 
 
@@ -145,13 +157,16 @@ def load_run(directory: Path, device: str = "auto") -> TrainedModel:
     where = choose_device(device)
     model = LanguageModel.build(config.model, device=where)
     model.load_state_dict(saved.part("model"))
-    lookup = build_lookup(replace(config, device=str(where)), tokenizer, directory, write=False)
+    table = config.table
+    if table.tier == "disk" and any(newest.glob("table-*-of-*")):  # several files: read into memory as one
+        table = replace(table, tier="host", file="")
+    lookup = build_lookup(replace(config, device=str(where), table=table), tokenizer, directory, write=False)
     if lookup:
         if saved.facts["address_digest"] != lookup.digest:
             raise MismatchError(
                 f"{newest}: {explain_mismatch('address_digest', saved.facts['address_digest'], lookup.digest)}"
             )
-        lookup.table.load(newest, saved.facts["table_clock"])
+        load_table(lookup.table, newest, saved.facts["table_clock"])
     return TrainedModel(config, model.eval(), lookup, tokenizer, where, int(saved.facts["step"]))
 
 
