@@ -122,7 +122,9 @@ def test_ranks_learn_what_one_process_learns(
     run = settings(shape, parallel=parallel, accumulate=1 if size > 2 else 2)
     results = run_ranks(processes, size, run_to, tmp_path / "ranks", run)
     [truth] = run_ranks(processes, 1, alone, tmp_path / "alone", replace(run, parallel=ParallelConfig()))
-    torch.testing.assert_close(results[0]["metrics"], truth["metrics"], rtol=1e-6, atol=0)
+    for column, tolerance in enumerate((1e-6, 1e-5)):  # losses, norms
+        ours, theirs = results[0]["metrics"][:, column], truth["metrics"][:, column]
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
     # EVERYTHING's small gates divide by little: rounding alone moves one process's gradients by 3e-5
     assert_near(results[0], truth, 2e-5 if model == "engram" else 1e-3)
     for other in results[1:]:

@@ -349,7 +349,8 @@ def test_a_plan_meets_what_ranks_send(
     planned = place(replace(TABLES, hash=HASH), growth, ranks=size, tokens=4096).sent
     plan, loader = build_plan(HASH, vocabulary), Loader(split, batch_size=8, length=512, seed=7)
     of_rank = [
-        hash_ngrams(plan, vocabulary(batch.tokens), segments=batch.segments)[0].unique() for batch in loader.first(size)
+        hash_ngrams(plan, vocabulary(batch.tokens), segments=batch.segments)[0].unique().numpy()
+        for batch in loader.first(size)
     ]
     sent = np.mean(run_ranks(processes, size, step_of_rank, of_rank, plan.num_rows, TABLES.form), axis=0)
     assert sent == pytest.approx([planned.ids, planned.rows, planned.grads, planned.counts], rel=0.05)

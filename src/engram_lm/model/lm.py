@@ -286,7 +286,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor,
-        rows: Tensor | None = None,
+        rows: Tensor | Fetch | None = None,
         *,
         segments: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",

@@ -21,13 +21,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from .. import __version__
 from .. import config as configs
 from ..errors import CheckpointError, ConfigError, MismatchError, TrainingError
 from ..model.lm import LanguageModel, ModelConfig
 from ..model.lookup import Lookup, Upcoming
-from ..tables import TableConfig
+from ..tables import Fetch, TableConfig
 from ..tables.pieces import load_table
 from ..tables.sharded import ShardedTable
 from . import checkpoint as checkpoints
@@ -223,9 +224,9 @@ class Training:
         for first in range(0, len(ours.tokens), size):
             part = on(ours, self.device, slice(first, first + size))
             with autocast(self.config.precision, self.device):
-                rows = upcoming.part(first, first + size) if upcoming else None
-                if rows and self.config.compile:
-                    rows = rows.rows()  # to be waited for outside of the graph
+                rows: Fetch | Tensor | None = upcoming.part(first, first + size) if upcoming else None
+                if self.config.compile and upcoming:
+                    rows = upcoming.leaf.expand(first, first + size)  # to be waited for outside of the graph
                 losses = self.loss_of(part.tokens, part.targets, rows, segments=part.segments, reduction="none")
             loss = losses.sum() / count
             loss.backward()
@@ -280,7 +281,7 @@ class Training:
         saved = checkpoints.Checkpoint(newest, self.ranks)
         for name, value in self.identity.items():
             found = saved.facts.get(name)
-            if name == "config":
+            if isinstance(found, dict):
                 found = {key: setting for key, setting in found.items() if key != "parallel"}
             if found != value:
                 raise MismatchError(f"{newest}: {explain_mismatch(name, found, value)}")

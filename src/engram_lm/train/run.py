@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -104,12 +105,17 @@ def build_lookup(
         return None
     vocabulary = build_vocabulary(memory.hash, tokenizer)
     plan = build_plan(memory.hash, vocabulary)
-    place = {"digest": address_digest(vocabulary, plan), "directory": directory, "device": choose_device(config.device)}
-    table: Table
+    build: Callable[..., Table] = partial(build_table, write=write)
     if ranks and ranks.group is not None:
-        table = build_sharded(config.table, plan.num_rows, memory.engram.row_dim, group=ranks.group, **place)
-    else:
-        table = build_table(config.table, plan.num_rows, memory.engram.row_dim, write=write, **place)
+        build = partial(build_sharded, group=ranks.group)
+    table = build(
+        config.table,
+        plan.num_rows,
+        memory.engram.row_dim,
+        digest=address_digest(vocabulary, plan),
+        directory=directory,
+        device=choose_device(config.device),
+    )
     return Lookup(vocabulary, plan, table, shuffled=memory.hash.scheme == "shuffled")
 
 
