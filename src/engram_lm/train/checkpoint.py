@@ -92,16 +92,16 @@ def _write(
 ) -> None:
     for name, tensors in parts.items():
         if ranks.size == 1:
-            held = {
-                key: tensor.to_local() if isinstance(tensor, DTensor) else tensor for key, tensor in tensors.items()
-            }
-            save_file(
-                {key: tensor.detach().contiguous() for key, tensor in held.items()}, partial / f"{name}.safetensors"
-            )
+            save_file({key: _alone(tensor) for key, tensor in tensors.items()}, partial / f"{name}.safetensors")
         else:
             write_divided(partial / name, tensors, ranks.group)
     if also:
         also(partial)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """As a file takes it: among one rank, a DTensor's part is all of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().contiguous()
 
 
 def _conclude(partial: Path, facts: dict[str, Any]) -> list[str]:
