@@ -11,14 +11,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+from engram_lm.train.checkpoint import Checkpoint, latest
+from engram_lm.train.loop import read_metrics
 from engram_lm.train.watch import Watch
 
 
@@ -98,9 +100,20 @@ def run_rank(
     torch.set_num_threads(1)
     # a rank that is gone is given up sooner, or each such test would wait for five seconds
     Watch.__init__.__kwdefaults__.update(interval=0.1, patience=1.0)  # type: ignore[union-attr]
-    if befall:
-        befall(rank)
     from engram_lm.cli import main
 
     sys.argv = ["engram-lm", *command]
+    if befall:
+        befall(rank)
     main()
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """All that a run of several ranks leaves behind, except for how long it took; `tiny.outcome` is one process's."""
+    newest = latest(directory / "checkpoints")
+    assert newest is not None
+    saved = Checkpoint(newest)
+    parts = {name: saved.part(name) for name in ("model", "optimizer")}
+    parts |= {path.parent.name: load_file(path) for path in newest.glob("table-*-of-*/table.safetensors")}
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(directory / "metrics.jsonl")]
+    return {"parts": parts, "loader": saved.facts["loader"], "step": saved.facts["step"], "metrics": lines}

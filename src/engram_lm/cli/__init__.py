@@ -160,7 +160,8 @@ class Train:
         token_bytes = bytes_of_tokens(tokenizer)
 
         def evaluate(model, lookup):  # type: ignore[no-untyped-def]
-            losses = measure(model, lookup, windows(data.val, config.batch_size, config.length, 256), token_bytes)
+            held_out = windows(data.val, config.batch_size, config.length, 256)
+            losses = measure(model, lookup, held_out, token_bytes, ranks)
             return {"val_loss": losses.mean, "val_interval": losses.interval, "bits_per_byte": losses.bits_per_byte}
 
         return Training(

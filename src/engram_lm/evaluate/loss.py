@@ -23,6 +23,7 @@ from ..tokens import piece_bytes
 from ..train.loader import Batch
 from ..train.loop import on
 from ..train.ngrams import Positions
+from ..train.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,35 @@ class TokenLosses:
         return Losses(nats, tokens, sizes)
 
 
-def measure(model: LanguageModel, lookup: Lookup | None, batches: Iterable[Batch], token_bytes: Tensor) -> Losses:
-    """Losses of a model on evaluation batches (`windows` of a split). token_bytes: [V], see `bytes_of_tokens`."""
-    return measure_tokens(model, lookup, batches).by_document(token_bytes)
+def measure(
+    model: LanguageModel,
+    lookup: Lookup | None,
+    batches: Iterable[Batch],
+    token_bytes: Tensor,
+    ranks: Ranks | None = None,
+) -> Losses:
+    """Losses of a model on evaluation batches (`windows` of a split). token_bytes: [V], see `bytes_of_tokens`.
+
+    ranks: all that measure the same batches together; each computes some of them, and all get the losses of all.
+    """
+    return measure_tokens(model, lookup, batches, ranks).by_document(token_bytes)
 
 
 @torch.no_grad()
-def measure_tokens(model: LanguageModel, lookup: Lookup | None, batches: Iterable[Batch]) -> TokenLosses:
+def measure_tokens(
+    model: LanguageModel, lookup: Lookup | None, batches: Iterable[Batch], ranks: Ranks | None = None
+) -> TokenLosses:
     """The same, target by target: about 50 bytes of main memory a token."""
-    device = model.embedding.weight.device
-    seen, nats = [], [np.zeros(0, np.float32)]
-    for batch in batches:
-        there = on(batch, device)
+    device, batches, ranks = model.embedding.weight.device, list(batches), ranks or Ranks()
+    found: list[np.ndarray] = []
+    for turn in range(0, len(batches), ranks.size):
+        # a rank without a batch of its own in the last turn computes another's with the others, who may need its rows
+        there = on(batches[min(turn + ranks.rank, len(batches) - 1)], device)
         rows = lookup.rows(there.tokens, segments=there.segments)[0] if lookup else None
         losses = model.loss(there.tokens, there.targets, rows, segments=there.segments, reduction="none")
-        nats.append(losses[there.targets >= 0].float().cpu().numpy())
-        seen.append(batch)
-    return TokenLosses(Positions.of(seen), np.concatenate(nats))
+        found.append(losses[there.targets >= 0].float().cpu().numpy())
+    in_turn = [nats for turn in zip(*ranks.everyones(found), strict=True) for nats in turn][: len(batches)]
+    return TokenLosses(Positions.of(batches), np.concatenate([np.zeros(0, np.float32), *in_turn]))
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> Tensor:

@@ -153,8 +153,8 @@ class Block(nn.Module):
 
     def forward(
         self, h: Tensor, rows: Tensor | None, state: LayerState | None, context: Context
-    ) -> tuple[Tensor, LayerState]:
-        """h [B, T, M, D], this layer's rows [B, T, K, d] -> h [B, T, M, D], and the state after it."""
+    ) -> tuple[Tensor, LayerState | None]:
+        """h [B, T, M, D], this layer's rows [B, T, K, d] -> h [B, T, M, D], and the state after it, if asked for."""
         cache, memory_state = state or (None, None)
         if self.memory is not None and context.neighbours is not None:
             assert rows is not None  # the model was given some
@@ -174,7 +174,7 @@ class Block(nn.Module):
         h = write(y)
         x, write = self.ffn_connection(h)
         h = write(self.ffn(self.ffn_norm(x)))
-        return h, LayerState(cache, memory_state)
+        return h, LayerState(cache, memory_state) if context.with_state else None
 
 
 class LanguageModel(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,6 @@ def shard_backbone(model: LanguageModel, mesh: DeviceMesh) -> None:
     """
     divided: set[nn.Parameter] = {parameter for parameter in model.parameters() if isinstance(parameter, DTensor)}
     for block in model.blocks:
-        block.register_forward_hook(_without_unused_state)
         fully_shard(block, mesh=mesh, ignored_params=divided)
     # On its own: what the model itself holds may be reduced as soon as the gradient of its input, the rows, is known, and
     # the embedding's may come later.
@@ -42,12 +40,6 @@ def shard_backbone(model: LanguageModel, mesh: DeviceMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # else by PREMUL_SUM, which gloo lacks
-
-
-def _without_unused_state(block: nn.Module, arguments: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Any, Any]:
-    """FSDP watches every tensor that a block returns, and warns of views: a cache that nobody asked for has some."""
-    context = arguments[-1]
-    return output if context.with_state else (output[0], None)
 
 
 @torch.no_grad()
