@@ -1,11 +1,9 @@
 """Whatever happens to one rank of the real command, all stop and say why, and the run ends bit-identical to one undisturbed."""
 
 import errno
-import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,11 +24,8 @@ from engram_lm.evaluate import loss as evaluation
 from engram_lm.model import LanguageModel
 from engram_lm.model.lm import Block
 from engram_lm.tables.sharded import Exchange, ShardedTable
-from engram_lm.train import alike, checkpoint
-from engram_lm.train.checkpoint import latest
-from engram_lm.train.loader import Loader
+from engram_lm.train import checkpoint
 from engram_lm.train.loop import Metrics
-from engram_lm.train.optim import Optimizer
 from engram_lm.train.parallel import Parallel, ParallelConfig
 from engram_lm.train.run import prepare_text
 
@@ -79,7 +74,9 @@ def fill_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def at_call(owner: Any, name: str, number: int, what: Callable[[], None], *, of: Callable[..., bool] = lambda *_: True) -> None:
+def at_call(
+    owner: Any, name: str, number: int, what: Callable[[], None], *, of: Callable[..., bool] = lambda *_: True
+) -> None:
     """Let it happen when a function begins for the `number`-th time with arguments `of` this kind."""
     function, calls = getattr(owner, name), count(1)
 
@@ -117,12 +114,6 @@ def in_exchange(lane: str, number: int, what: Callable[[], None]) -> None:
     at_call(Exchange, "_exchange", number, start, of=lambda _, which, *rest: which == lane)
 
 
-def only(rank: int, fault: Callable[[], None], this: int) -> None:
-    """Prepare a fault on one of the ranks."""
-    if this == rank:
-        fault()
-
-
 # Each in the third step that a start takes or, of what is done at checkpoints, in the second checkpoint.
 PLACES: dict[str, tuple[int, Callable[..., None]]] = {
     "before the first step": (0, partial(at_call, LanguageModel, "build", 1)),
@@ -143,16 +134,21 @@ PLACES: dict[str, tuple[int, Callable[..., None]]] = {
 }
 
 
+def happen(place: str, what: Callable[[], None], rank: int) -> None:
+    """In a rank before it begins: prepare it for what shall happen there, if it is the one."""
+    chosen, fault = PLACES[place]
+    if rank == chosen:
+        fault(what)
+
+
 def test_killed_anywhere_again_and_again_a_run_ends_the_same(processes: ForkServerContext, text: Path, tmp_path: Path):
     """One run is killed in each place, and started again each time as torchrun does; each start takes at least two steps."""
     steps = 2 * len(PLACES) + 2
     whole, command = begin(text, tmp_path / "whole", steps=steps)
     assert [rank.status for rank in launch(processes, tmp_path, command)] == [0, 0]
     run, command = begin(text, tmp_path / "killed", steps=steps)
-    for start, (place, (rank, fault)) in enumerate(PLACES.items()):
-        ended = launch(
-            processes, tmp_path, command, befall=partial(only, rank, partial(fault, die)), restarts=[start, start]
-        )
+    for start, (place, (rank, _)) in enumerate(PLACES.items()):
+        ended = launch(processes, tmp_path, command, befall=partial(happen, place, die), restarts=[start, start])
         assert ended[rank].status == -signal.SIGKILL, place
         other = ended[1 - rank]
         assert other.status == 1, (place, other)
@@ -160,3 +156,13 @@ def test_killed_anywhere_again_and_again_a_run_ends_the_same(processes: ForkServ
         assert "Traceback" not in other.errors, other.errors
     assert [rank.status for rank in launch(processes, tmp_path, command, restarts=[99, 99])] == [0, 0]
     assert_same(outcome(run), outcome(whole))
+
+
+# --- a full disk --------------------------------------------------------------------------------------------
+
+FULL = "[Errno 28] No space left on device"
+FAILING: dict[str, tuple[int, Callable[..., None], str]] = {
+    "a table": (1, partial(at_call, ShardedTable, "save", 2), r"\S+step-0000\d\d: cannot be written \(rank 1: {}\)"),
+    "a model": (1, partial(at_call, FileSystem, "create_stream", 4), r"\S+: cannot be written \(rank 1: {}\)"),
+    "facts": (0, partial(at_call, checkpoint, "_conclude", 2), r"\S+: cannot be written \(rank 0: {}\)"),
+}

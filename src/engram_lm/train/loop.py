@@ -134,8 +134,10 @@ class Training:
     ) -> None:
         self.config, self.directory, self.batches, self.lookup = config, directory, batches, lookup
         self.evaluate, self.ranks = evaluate, ranks or Ranks()
+        self.interrupted: Callable[[], bool] = lambda: False
+        """Asked in every step: whether this rank has to stop. Any rank stops all."""
         self.stop = False
-        """Set by whoever wants the run to stop; after the next step it is set on every rank."""
+        """Whether the run shall stop after this step: the same on every rank."""
         self.device = choose_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -236,7 +238,7 @@ class Training:
         ids, grads = upcoming.collect() if upcoming else (None, None)
         self.parallel.sum_gradients(self.model)
         norm = self.optimizer.clip([] if grads is None else [grads])
-        nats, stop = self.parallel.sum(float(total), self.stop)
+        nats, stop = self.parallel.sum(float(total), self.interrupted())
         self.stop = stop > 0
         if not (math.isfinite(nats) and math.isfinite(norm)):
             raise TrainingError(self._not_finite(nats, norm))
@@ -339,12 +341,14 @@ def train_together(trainings: dict[str, Training]) -> bool:
             for label, run in trainings.items()
         }
         speed: dict[str, float] = {}
+        for run in trainings.values():
+            run.interrupted = stopped
         try:
             with Watch(ranks) as watch:
                 while not (any(run.stop for run in trainings.values()) or all(run.done for run in trainings.values())):
                     for label, run in trainings.items():
                         if not run.done:
-                            run.stop, watch.step = stopped(), run.done_steps + 1
+                            watch.step = run.done_steps + 1
                             line = run.step()
                             now = line["tokens"] / line["step"] / line["seconds"]
                             speed[label] = 0.9 * speed.get(label, now) + 0.1 * now
