@@ -1,68 +1,89 @@
-"""Under torchrun: a rank is killed or hangs, the other says so, and all start again."""
+"""Under torchrun: ranks are killed or hang, all start again and end with the same bits; and torchrun itself is told to stop."""
 
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from agent import SETTINGS, begin, launch, outcome, prepare, statuses
+from tiny import assert_same, write_texts
 
-SCRIPT = """
-import os, signal, sys, time
-from datetime import timedelta
-from pathlib import Path
+from engram_lm.train.checkpoint import latest
+from engram_lm.train.loop import read_metrics
 
-import torch
-import torch.distributed as dist
+TESTS = Path(__file__).parent
+COMMAND = """
+import os, sys
 
-from engram_lm.errors import EngramError
-from engram_lm.train.meeting import meet
-from engram_lm.train.ranks import Ranks
+import faults
+from engram_lm.cli import main
 from engram_lm.train.watch import Watch
 
-torch.set_num_threads(1)
-fault, attempt = sys.argv[1], os.environ["TORCHELASTIC_RESTART_COUNT"]
-store, rank, size = meet(30)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-group = dist.new_group(timeout=timedelta(seconds=2))
-ranks = Ranks(rank, size, dist.group.WORLD)
-try:
-    with Watch(ranks, interval=0.05, patience=2) as watch:
-        for watch.step in range(1, 4):
-            if attempt == "0" and watch.step == 2 and ranks.rank == 1:
-                time.sleep(0.5)
-                match fault:
-                    case "kill":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    case "hang":
-                        time.sleep(60)
-            dist.all_reduce(torch.ones(10), group=group)
-except EngramError as error:
-    print(f"Error: {error}", file=sys.stderr)
-    sys.exit(1)
-Path(f"done-{attempt}-{ranks.rank}").touch()
-os._exit(0)  # a thread of gloo that frees a tensor while the interpreter ends would abort
+Watch.__init__.__kwdefaults__["patience"] = 1.0
+mishaps, start = sys.argv.pop(1).split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if start < len(mishaps):
+    what, place = mishaps[start].split(" ", 1)
+    faults.happen(place, getattr(faults, what), int(os.environ["RANK"]))
+main()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("kill", r"rank 1 \(process \d+ on \S+\) was last seen in step 2 and is gone without a word: killed"),
-        (
-            "hang",
-            r"rank 1 \(process \d+ on \S+\) was last seen in step 2 and did not come: .*<module> \(script.py:29\)",
-        ),
-    ],
-)
-def test_torchrun_restarts_ranks_that_know_why(tmp_path: Path, fault: str, message: str):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 script.py"
-    done = subprocess.run(
-        [sys.executable, *torchrun.split(), fault], cwd=tmp_path, capture_output=True, text=True, timeout=120
+def torchrun(folder: Path, restarts: int, *script: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks of a script."""
+    options = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts}".split()
+    return subprocess.run(
+        [sys.executable, *options, *script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
     )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, and a run directory in which nothing but that is prepared; and the command to which things happen."""
+    place = tmp_path_factory.mktemp("text")
+    prepare(write_texts(place / "texts", files=24), place / "run")
+    (place / "command.py").write_text(COMMAND)
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(processes: ForkServerContext, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run leaves behind that nothing happened to."""
+    place = tmp_path_factory.mktemp("whole")
+    run, command = begin(text, place)
+    assert statuses(launch(processes, place, command)) == [0, 0]
+    return outcome(run)
+
+
+@pytest.mark.slow
+def test_ranks_that_fail_start_again_and_end_the_same(text: Path, whole: dict[str, Any], tmp_path: Path):
+    run, command = begin(text, tmp_path, parallel=replace(SETTINGS.parallel, timeout=8.0))
+    done = torchrun(tmp_path, 2, str(text / "command.py"), "die while gradients travel,stick a step", *command)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.glob("done-*")} == {"done-1-0", "done-1-1"}
-    assert re.search(f"^Error: {message}", done.stderr, re.MULTILINE), done.stderr
+    said = re.findall(r"^Error: rank 1 \(.*\) was last seen .* and (is gone|did not come)", done.stderr, re.MULTILINE)
+    assert said[0] == "is gone", done.stderr
+    assert set(said[1:]) == {"did not come"}, done.stderr
     assert "Traceback" not in done.stderr
+    assert_same(outcome(run), whole)
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_told_to_stop_lets_its_ranks_save(
+    processes: ForkServerContext, text: Path, whole: dict[str, Any], tmp_path: Path
+):
+    run, command = begin(text, tmp_path)
+    done = torchrun(tmp_path, 0, str(text / "command.py"), "stop_launcher a step", *command)
+    assert "Stopped and saved" in done.stdout, done.stderr
+    newest, last = latest(run / "checkpoints"), read_metrics(run / "metrics.jsonl")[-1]["step"]
+    assert newest == run / "checkpoints" / f"step-{last:06d}"
+    assert statuses(launch(processes, tmp_path, [*command, "--resume"])) == [0, 0]
+    assert_same(outcome(run), whole)

@@ -154,6 +154,8 @@ class Train:
             say=console.print,
             ranks=ranks,
         )
+        # each machine's torchrun counts only the failures that it saw
+        restarted = any(ranks.everyones(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
         config = fit_vocabulary(self.config, tokenizer)
         facts = {"tokenizer_digest": tokenizer_digest(tokenizer), "text": data.meta.train.tokens_crc32}
         require_equal(ranks, facts)
@@ -171,7 +173,7 @@ class Train:
             build_lookup(config, tokenizer, self.out, ranks=ranks),
             evaluate=evaluate,
             facts=facts,
-            resume=self.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+            resume=self.resume or restarted,
             tensorboard=True,
             ranks=ranks,
         )

@@ -485,12 +485,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that the step ends and a checkpoint is saved; the second kills."""
+    """Turn the first Ctrl-C or SIGTERM into a flag, so that the step ends and a checkpoint is saved; a second Ctrl-C kills.
+
+    A second SIGTERM does not: schedulers send it to torchrun and to its ranks, and torchrun passes it on to them.
+    """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[signal.SIGINT])
 
     try:
         previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError, TrainingError
@@ -113,6 +114,8 @@ class Parallel:
                 both = init_device_mesh(device.type, shape, mesh_dim_names=("holders", "experts"))
                 self.experts, self.holders = both["experts"], both["holders"].get_group()
             self.everyone = init_device_mesh(device.type, (world,), mesh_dim_names=("ranks",))
+            for group in list(_world.pg_map):  # those of the tables too: torch lets all but the first wait half an hour
+                _set_pg_timeout(timedelta(seconds=self.config.timeout), group)
         size, first = config.batch_size // data, ranks.rank // context * (config.batch_size // data)
         chunk = config.length // context
         self.sequences = slice(first, first + size)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from ..errors import EngramError, TrainingError
 
 T = TypeVar("T")
-COUNT = count()  # of what rank 0 does for all: each has a key of its own
 
 
 @dataclass(frozen=True)
@@ -40,17 +37,15 @@ class Ranks:
         """
         if self.group is None:
             return work()
-        key = f"first/{next(COUNT)}"
-        result, error, store = None, None, _get_default_store()
+        patient = dist.new_group(dist.get_process_group_ranks(self.group), timeout=timedelta(days=1))
+        result, error = None, None
         if self.rank == 0:
             try:
                 result = work()
             except EngramError as found:
                 error = found
-            store.set(key, "done")
-        while not store.check([key]):
-            time.sleep(0.02)
-        self.agree(error)
+        replace(self, group=patient).agree(error)
+        dist.destroy_process_group(patient)
         return result
 
     def agree(self, error: EngramError | None) -> None:

@@ -22,10 +22,12 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import thread as pool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread, get_ident
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 import torch
@@ -212,8 +214,30 @@ def reason(error: BaseException) -> str:
 
 
 def place_of(thread: int) -> str:
-    """Where a thread is, outermost first, as `save (loop.py:215) > write (checkpoint.py:40)`; "" if it waits for others."""
-    frames = [frame for frame, _ in traceback.walk_stack(sys._current_frames()[thread])]  # innermost first
+    """Where a thread is, outermost first, as `save (loop.py:215) > write (checkpoint.py:40)`; "" if it waits for others.
+
+    While it waits for what it gave to a thread pool, where the pool is.
+    """
+    stacks = {number: innermost_first(frame) for number, frame in sys._current_frames().items()}
+    frames = stacks.pop(thread)
+    if has_frame(frames, Future.result.__code__.co_filename, "result"):
+        busy = [stack for stack in stacks.values() if has_frame(stack, pool.__file__, "run")]
+        return min(map(describe, busy or [frames]))  # "" comes first
+    return describe(frames)
+
+
+def innermost_first(frame: FrameType) -> list[FrameType]:
+    """A frame and those that called it."""
+    return [caller for caller, _ in traceback.walk_stack(frame)]
+
+
+def has_frame(frames: list[FrameType], file: str, name: str) -> bool:
+    """Whether one of the frames is a call of this function."""
+    return any((frame.f_code.co_filename, frame.f_code.co_name) == (file, name) for frame in frames)
+
+
+def describe(frames: list[FrameType]) -> str:
+    """The last three calls outside of torch; "" if the last one is a collective."""
     files = [frame.f_code.co_filename for frame in frames]
     outside = [number for number, file in enumerate(files) if not file.startswith(f"{TORCH}{os.sep}")]
     if COLLECTIVES & set(files[: outside[0]]):
