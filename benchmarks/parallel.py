@@ -12,7 +12,7 @@ Every process has 16 sequences of 256 tokens of real text, one thread, and the s
 
 Contenders take four steps in turn, round after round; a step lasts as long as its slowest process. Its communication is the time in
 which the main thread of rank 0 waits in collectives and for rows, and so holds waiting for a slower process too. The ids' exchange, which a thread makes
-ahead, is not in it. The bytes that the table sends are compared with `engram-lm plan`'s arithmetic, from the distinct rows of the
+ahead, is not in it, nor are FSDP2's own collectives. The bytes that the table sends are compared with `engram-lm plan`'s arithmetic, from the distinct rows of the
 same batches, and from those of other text.
 """
 
@@ -75,8 +75,8 @@ class Clock:
 
 @contextmanager
 def watching(clock: Clock) -> Iterator[None]:
-    """All that a step waits for. FSDP2 communicates on its own, and its collectives are found where it calls them."""
-    for name in ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor"):
+    """All that a step of ours waits for."""
+    for name in ("all_reduce", "all_to_all_single"):
         setattr(dist, name, clock.watched(getattr(dist, name)))
     Exchange.rows = clock.watched(Exchange.rows)  # type: ignore[method-assign]
     Exchange.give = clock.watched(Exchange.give)  # type: ignore[method-assign]
