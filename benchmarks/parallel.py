@@ -12,8 +12,8 @@ Every process has 16 sequences of 256 tokens of real text, one thread, and the s
 
 Contenders take four steps in turn, round after round; a step lasts as long as its slowest process. Its communication is the time in
 which the main thread of rank 0 waits in collectives and for rows, and so holds waiting for a slower process too. The ids' exchange, which a thread makes
-ahead, is not in it, nor are FSDP2's own collectives. The bytes that the table sends are compared with `engram-lm plan`'s arithmetic, from the distinct rows of the
-same batches, and from those of other text.
+ahead, is not in it, nor are FSDP2's own collectives. The bytes that the table sends are
+compared with those that `engram-lm plan` foresees from the held-out text.
 """
 
 import argparse
