@@ -20,6 +20,7 @@ set -euo pipefail
 
 ranks_per_node=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / ranks_per_node))
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over from sbatch
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds that torchrun gives ranks to end their step and save
 
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
