@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/index.md", "docs/tables.md", "docs/retrofit.md", "docs/evaluate.md")
+PAGES = ("README.md", "docs/index.md", "docs/tables.md", "docs/retrofit.md", "docs/evaluate.md", "docs/scaling.md")
 PRETRAINED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a small one takes its place
 BLOCKS = [
     pytest.param(block, id=f"{page}-{number}")

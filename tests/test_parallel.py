@@ -163,3 +163,19 @@ def test_saved_by_so_many_ranks_and_continued_by_others(
         assert_near({**results[0], "metrics": first["metrics"]}, first, 1e-3)
     for result in results[1:]:
         assert all(torch.equal(result[name], found) for name, found in results[0].items() if name != "metrics")
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "message"),
+    [
+        (2, {"parallel": ParallelConfig(context=2), "length": 9}, r"9 tokens of a sequence .* parallel.context = 2"),
+        (3, {"parallel": ParallelConfig(context=2)}, "3 ranks .* groups of parallel.context = 2"),
+        (2, {"batch_size": 3}, "3 sequences .* = 2"),
+        (2, {"model": ENGRAM, "parallel": ParallelConfig(experts=2)}, "no mixture of experts"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    processes: ForkServerContext, size: int, changes: dict[str, Any], message: str, tmp_path: Path
+):
+    with pytest.raises(RuntimeError, match=message):
+        run_ranks(processes, size, run_to, tmp_path, replace(settings(EVERYTHING), **changes))

@@ -162,7 +162,7 @@ class Train:
         token_bytes = bytes_of_tokens(tokenizer)
 
         def evaluate(model, lookup):  # type: ignore[no-untyped-def]
-            held_out = windows(data.val, config.batch_size, config.length, 256)
+            held_out = windows(data.val, max(1, config.batch_size // ranks.size), config.length, 256)
             losses = measure(model, lookup, held_out, token_bytes, ranks)
             return {"val_loss": losses.mean, "val_interval": losses.interval, "bits_per_byte": losses.bits_per_byte}
 

@@ -293,6 +293,12 @@ def claim(directory: Path) -> TextIO:
             f"{directory} is in use by process {holder}: two runs would overwrite each other's checkpoints. Choose another "
             "directory with --out."
         ) from None
+    except OSError as error:
+        lock.close()
+        raise CheckpointError(
+            f"{directory} cannot be locked ({error}): another run could write to it unnoticed. Choose one on a file system with "
+            "flock."
+        ) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()

@@ -94,14 +94,14 @@ class Parallel:
         world, context = ranks.size, self.config.context
         data = world // context
         for what, whole, parts in (
-            ("ranks cannot be shared out to groups of parallel.context", world, context),
-            ("ranks cannot be shared out to groups of parallel.experts", world, self.config.experts),
+            ("ranks cannot be divided into groups of parallel.context", world, context),
+            ("ranks cannot be divided into groups of parallel.experts", world, self.config.experts),
             ("tokens of a sequence (length) cannot be divided among parallel.context", config.length, context),
-            ("sequences of a part of the batch (batch_size / accumulate) cannot be divided among",
+            ("sequences of a part of the batch (batch_size / accumulate) cannot be divided among ranks / parallel.context",
              config.batch_size // config.accumulate, data),
         ):  # fmt: skip
             if whole % parts:
-                raise ConfigError(f"{whole} {what} = {parts} ranks: some would have had more to do than others.")
+                raise ConfigError(f"{whole} {what} = {parts}: some would have had more to do than others.")
         self.experts: DeviceMesh | None = None
         self.holders: dist.ProcessGroup | None = None  # of the same experts
         self.context = ContextRanks()
