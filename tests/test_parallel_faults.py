@@ -31,7 +31,7 @@ from tiny import assert_same, write_texts
 from engram_lm import config as configs
 from engram_lm.train.checkpoint import latest
 
-PLACES_TO_BE_KILLED_IN = 2 * int(os.environ.get("ENGRAM_KILLS", "3"))  # all of them from 8 on
+PLACES_TO_BE_KILLED_IN = 2 * int(os.environ.get("ENGRAM_KILLS", "2"))  # all of them from 8 on
 FULL = r"\[Errno 28\] No space left on device"
 RANK = r"rank {} \(process \d+ on \S+\)"
 SEEN = RANK + r" was last seen (in step \d+|before its first step)"
@@ -121,7 +121,7 @@ def test_ranks_that_were_started_unequally_often_agree_to_go_on(
 
 
 def test_a_rank_that_is_too_slow_is_named(processes: ForkServerContext, text: Path, tmp_path: Path):
-    """Loading happens on a thread of a pool, and what the others wait for there are ids of rows; test_torchrun.py has a step."""
+    """Loading happens on a thread of a pool, and what the others wait for there are ids of rows."""
     place = "loading"
     _, command = begin(text, tmp_path, parallel=replace(SETTINGS.parallel, timeout=4.0))
     ended = launch(processes, tmp_path, command, befall=partial(happen, place, stick), seconds=40)

@@ -1,16 +1,15 @@
-"""Under torchrun: ranks are killed or hang, all start again and end with the same bits; and torchrun itself is told to stop."""
+"""Under torchrun: a rank is killed, all start again and end with the same bits; and torchrun itself is told to stop."""
 
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from agent import SETTINGS, begin, launch, outcome, prepare, statuses
+from agent import begin, launch, outcome, prepare, statuses
 from tiny import assert_same, write_texts
 
 from engram_lm.train.checkpoint import latest
@@ -66,12 +65,12 @@ def whole(processes: ForkServerContext, text: Path, tmp_path_factory: pytest.Tem
 
 @pytest.mark.slow
 def test_ranks_that_fail_start_again_and_end_the_same(text: Path, whole: dict[str, Any], tmp_path: Path):
-    run, command = begin(text, tmp_path, parallel=replace(SETTINGS.parallel, timeout=8.0))
-    done = torchrun(tmp_path, 2, str(text / "command.py"), "die while gradients travel,stick a step", *command)
+    run, command = begin(text, tmp_path)
+    done = torchrun(tmp_path, 1, str(text / "command.py"), "die while gradients travel", *command)
     assert done.returncode == 0, done.stderr
-    said = re.findall(r"^Error: rank 1 \(.*\) was last seen .* and (is gone|did not come)", done.stderr, re.MULTILINE)
-    assert said[0] == "is gone", done.stderr
-    assert set(said[1:]) == {"did not come"}, done.stderr
+    assert re.search(r"^Error: rank 1 \(.*\) was last seen in step .* and is gone", done.stderr, re.MULTILINE), (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert_same(outcome(run), whole)
 
