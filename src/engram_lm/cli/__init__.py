@@ -144,8 +144,9 @@ class Train:
         from ..train.run import build_lookup, fit_vocabulary, prepare_text
         from ..train.tokenizer import tokenizer_digest
 
-        versions = {"engram_lm": __version__, "torch": torch.__version__, "its source": source_digest()}
-        require_equal(ranks, {"the command": configs.to_dict(self), **versions})
+        if ranks.size > 1:  # a process alone need not read its own source
+            versions = {"engram_lm": __version__, "torch": torch.__version__, "its source": source_digest()}
+            require_equal(ranks, {"the command": configs.to_dict(self), **versions})
         data, tokenizer = prepare_text(
             self.data,
             self.out,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Union
 
@@ -22,10 +22,11 @@ from ..errors import CheckpointError, ConfigError, DataError, MismatchError
 from ..hf.layouts import Layout, LayoutName, layout_of_model, layout_of_table, read_config
 from ..hf.shards import Shards
 from ..hf.stream import export_table, import_table, import_weights
+from ..tables.codec import decoded
 from ..tables.disk import FileStore
 from ..tables.file import FORMAT, TableFile
 from ..tables.journal import journal_path
-from ..tables.records import Newest, Plain, convert, decoded, ever_written
+from ..tables.records import Newest, Plain, convert, ever_written
 from ..tables.rows import Encoding, RowFormat
 
 
@@ -135,8 +136,7 @@ class Convert:
             else:
                 source = Plain(self.source, self.tensor)
             trainable = source.trainable and not self.serving
-            std = source.form.std if trainable else 0.0
-            form = replace(source.form, encoding=self.encoding or source.form.encoding, trainable=trainable, std=std)
+            form = source.form.stored_as(self.encoding or source.form.encoding, trainable=trainable)
             digest = self.digest or source.digest
             draft = TableFile.draft(self.target, source.num_rows, form, digest=digest, facts=source.facts)
             target = stack.enter_context(draft)

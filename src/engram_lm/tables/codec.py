@@ -23,26 +23,34 @@ def read_rows(form: RowFormat, records: np.ndarray, slots: np.ndarray, ids: np.n
 
 def read_bytes(form: RowFormat, records: np.ndarray, slots: np.ndarray) -> Tensor:
     """Rows [U, wire] as they are kept, uint8: `decode` makes rows of them, here or in another process."""
-    records = records[:, : form.wire]
-    if not compiled():
-        return torch.from_numpy(records[slots])
-    from ..kernels.rows import gather
-
-    out = torch.empty(len(slots), form.wire, dtype=torch.uint8)
-    gather(records, slots, out.numpy())
-    return out
+    return torch.from_numpy(gather(records[:, : form.wire], slots))
 
 
 def decode(form: RowFormat, data: Tensor, ids: Tensor) -> Tensor:
     """Rows [U, dim] float32 of their bytes [U, wire] on any device. ids: [U] who they are."""
     if form.encoding == "fp32" and not form.std:
         return data.view(torch.float32)
-    everything = torch.arange(len(ids), device=data.device)
     if data.device.type != "cpu":
-        return truth.read_rows(form, data, everything, ids)
-    rows = torch.empty(len(ids), form.dim)
-    read_rows(form, data.numpy(), everything.numpy(), ids.numpy(), rows.numpy())
+        return truth.read_rows(form, data, torch.arange(len(ids), device=data.device), ids)
+    return torch.from_numpy(decoded(form, ids.numpy(), data.numpy()))
+
+
+def decoded(form: RowFormat, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
+    """Rows [n, dim] float32 of records [n, stride], or of their bytes [n, wire]."""
+    rows = np.empty((len(ids), form.dim), np.float32)
+    read_rows(form, records, np.arange(len(ids)), ids, rows)
     return rows
+
+
+def gather(records: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """records[slots], uint8 [U, n]."""
+    if not compiled():
+        return records[slots]
+    from ..kernels.rows import gather as fast
+
+    out = np.empty((len(slots), records.shape[1]), np.uint8)
+    fast(records, slots, out)
+    return out
 
 
 def encode(form: RowFormat, rows: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +55,7 @@ def copy_table(table: Table, path: Path, *, encoding: Encoding | None = None, se
     CheckpointError when the file cannot be written.
     """
     old, trainable = table.form, table.form.trainable and not serving
-    form = replace(old, encoding=encoding or old.encoding, trainable=trainable, std=old.std if trainable else 0.0)
+    form = old.stored_as(encoding or old.encoding, trainable=trainable)
     return write_table(_rows(table), path, form, digest=table.digest, clock=table.clock)
 
 

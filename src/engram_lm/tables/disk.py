@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from ..errors import MismatchError
-from ..kernels import compiled
 from ..kernels.reads import Reader
+from .codec import gather
 from .file import TableFile
 from .journal import Journal
 from .store import Held, Staged, Store
@@ -93,7 +93,7 @@ class FileStore(Store):
     def changed(self, ids: np.ndarray, held: Held) -> None:
         """Append them to the journal, on a thread of its own; what goes wrong there is raised by all calls until `load`."""
         self._appended()
-        records = _gather(held.records, held.slots)  # a copy: what is held may change before it is written
+        records = gather(held.records, held.slots)  # a copy: what is held may change before it is written
         self._appending = self._writer.submit(self.journal.append, ids.copy(), records)
 
     def _appended(self) -> None:
@@ -170,7 +170,7 @@ class FileStore(Store):
         if self._mapped is None:
             self._fill(self.file.descriptor, self.file.offsets(ids), in_file, out)
         else:
-            out[in_file] = _gather(self._mapped, ids[in_file])
+            out[in_file] = gather(self._mapped, ids[in_file])
 
     def _fill(self, descriptor: int, offsets: np.ndarray, chosen: np.ndarray, out: np.ndarray) -> None:
         """out[chosen] from offsets[chosen] of a file; offsets [n], chosen [n] bool, out [n, stride]."""
@@ -187,14 +187,3 @@ def _mapped(file: TableFile) -> np.ndarray:
     pages = mmap.mmap(file.descriptor, 0, prot=mmap.PROT_READ)
     pages.madvise(mmap.MADV_RANDOM)  # the pages around a row are no more likely to be wanted than others
     return np.frombuffer(pages, np.uint8, offset=file.rows_offset).reshape(file.num_rows, file.form.stride)
-
-
-def _gather(records: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """records[slots]: [U, stride]."""
-    if not compiled():
-        return records[slots]
-    from ..kernels.rows import gather
-
-    out = np.empty((len(slots), records.shape[1]), np.uint8)
-    gather(records, slots, out)
-    return out

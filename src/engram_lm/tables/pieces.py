@@ -30,7 +30,8 @@ def piece_name(rank: int, size: int) -> str:
 def load_table(table: Table, directory: Path, clock: int, piece: str = "") -> None:
     """Return to what any number of processes have saved in `directory`, on any tier. piece: the part that the table is.
 
-    A table that did not save it itself must be without updates. Raises what `Table.load` raises; also MismatchError for pieces of another table and for a table with updates, CheckpointError when rows are missing.
+    A table that did not save it itself must be without updates. Raises what `Table.load` raises; also MismatchError for pieces
+    of another table and for a table with updates, CheckpointError when rows are missing.
     """
     own = directory / piece
     whole = bool(piece) or not any(directory.glob("table-*-of-*"))

@@ -124,7 +124,7 @@ def convert(source: Newest | Plain, target: TableFile, progress: Callable[[int, 
         out = np.zeros((len(ids), new.stride), np.uint8)
         if same:
             out[kept, : new.row_bytes] = records[kept, : old.row_bytes]
-        out[rounded, : new.row_bytes] = codec.encode(new, decoded(old, ids[rounded], records[rounded]))
+        out[rounded, : new.row_bytes] = codec.encode(new, codec.decoded(old, ids[rounded], records[rounded]))
         if new.trainable and old.trainable:
             out[:, new.row_bytes :] = records[:, old.row_bytes :]
         edges = [0, *(np.flatnonzero(np.diff(ids) != 1) + 1).tolist(), len(ids)]
@@ -136,10 +136,3 @@ def convert(source: Newest | Plain, target: TableFile, progress: Callable[[int, 
 def ever_written(records: np.ndarray) -> np.ndarray:
     """[n] bool: whether rows were ever written."""
     return np.asarray((np.ascontiguousarray(records).view(np.uint32) != 0).any(1))
-
-
-def decoded(form: RowFormat, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
-    """Rows [n, dim] float32."""
-    rows = np.empty((len(ids), form.dim), np.float32)
-    codec.read_rows(form, records, np.arange(len(ids)), ids, rows)
-    return rows

@@ -15,7 +15,7 @@ arithmetic, float32 operations are rounded one by one in the order written here,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -76,6 +76,10 @@ class RowFormat:
     def wire(self) -> int:
         """Leading bytes of a record that tell its row: without the accumulator, unless that tells whether it was ever written."""
         return self.stride if self.std else self.row_bytes
+
+    def stored_as(self, encoding: Encoding, *, trainable: bool) -> RowFormat:
+        """The format of the same rows in another file: without accumulators, all are written as numbers and none has a spread."""
+        return replace(self, encoding=encoding, trainable=trainable, std=self.std if trainable else 0.0)
 
     @property
     def unit(self) -> float:

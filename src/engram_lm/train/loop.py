@@ -262,7 +262,7 @@ class Training:
             **self.identity,
             "loader": asdict(self.loader_state),
             "table_clock": table.clock if table else None,
-            "environment": environment(self.config, self.device) | {"ranks": self.ranks.size},
+            "environment": environment(self.config, self.device, self.ranks),
         }
         directory = self.directory / "checkpoints"
         checkpoints.save(
@@ -287,7 +287,7 @@ class Training:
                 found = {key: setting for key, setting in found.items() if key != "parallel"}
             if found != value:
                 raise MismatchError(f"{newest}: {explain_mismatch(name, found, value)}")
-        for name, value in (environment(self.config, self.device) | {"ranks": self.ranks.size}).items():
+        for name, value in environment(self.config, self.device, self.ranks).items():
             then = saved.facts["environment"].get(name, 1 if name == "ranks" else None)
             if then != value and self.ranks.rank == 0:
                 warnings.warn(
@@ -378,7 +378,7 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def environment(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+def environment(config: TrainConfig, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     """What decides the last bits of a result besides the configuration."""
     return {
         "engram_lm": __version__,
@@ -387,6 +387,7 @@ def environment(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "precision": resolve(config.precision, device),
+        "ranks": ranks.size,
     }
 
 
