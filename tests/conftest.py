@@ -1,10 +1,11 @@
-"""One thread, no network, caches of their own; hypothesis without deadlines, for the machine may be busy."""
+"""One thread, no network, caches of their own, GPU kernels interpreted; hypothesis without deadlines, for the machine may be busy."""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ["RAYON_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import multiprocessing
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """Fast paths for the CPU, compiled by Numba at first use and cached; each has a slow truth beside it that gives the same bits.
 
 They know arrays and numbers only. A kernel takes `lo, hi` first and works on that slice of the items, with the GIL
-released, so `run` can spread it over threads. `ENGRAM_KERNELS=off` makes everything take the slow path.
+released, so `run` can spread it over threads. Those for a GPU, in Triton, are in `gpu/`. `ENGRAM_KERNELS=off` makes
+everything take the slow path.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 @functools.cache
@@ -30,6 +34,19 @@ def compiled() -> bool:
         )
         return False
     return True
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether the Triton kernels of `gpu/` work on tensors of this device.
+
+    With ENGRAM_KERNELS=triton also on those of a CPU, where TRITON_INTERPRET=1 has Triton interpret them: for tests.
+    """
+    return _triton() and (device.type == "cuda" or os.environ.get("ENGRAM_KERNELS") == "triton")
+
+
+@functools.cache
+def _triton() -> bool:
+    return os.environ.get("ENGRAM_KERNELS") != "off" and find_spec("triton") is not None
 
 
 def threads() -> int:
