@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from late import LateSide
 
 from engram_lm import kernels
 from engram_lm.errors import ConfigError, MismatchError
@@ -17,6 +18,7 @@ from engram_lm.tables import DeviceTable, DiskTable, HostTable, RowFormat, Table
 from engram_lm.tables.cached import CachedStore
 from engram_lm.tables.file import TableFile
 from engram_lm.tables.host import MemoryStore
+from engram_lm.tables.pinned import PinnedTable
 from engram_lm.tables.rows import ENCODINGS
 from engram_lm.tables.stored import StoredTable
 from engram_lm.tokens import CanonicalVocabulary
@@ -31,6 +33,9 @@ TIERS = (
     "disk mapped",
     "cached",
     "static cache",
+    "pinned",
+    "pinned with hot rows",
+    "pinned with hot rows, interpreted",
 )
 
 
@@ -40,6 +45,8 @@ def make(tier: str, directory: Path, form: RowFormat, rows: int = ROWS) -> Table
         return DeviceTable(rows, form)
     if tier.startswith("host"):
         return HostTable(rows, form)
+    if tier.startswith("pinned"):
+        return pinned(rows, form, hot=np.arange(0, 80, 2) if "hot" in tier else None, slots=25)
     if tier == "cached":
         return StoredTable(CachedStore(MemoryStore(rows, form), 20))
     if tier == "static cache":
@@ -50,10 +57,23 @@ def make(tier: str, directory: Path, form: RowFormat, rows: int = ROWS) -> Table
     return DiskTable(path, write=True, memory=memory, reads="map" if tier == "disk mapped" else "direct")
 
 
+def pinned(rows: int, form: RowFormat, hot: np.ndarray | None = None, slots: int = 0) -> PinnedTable:
+    """As behind a GPU whose side stream is never early."""
+    table = PinnedTable(rows, form)
+    table.side = LateSide()
+    if hot is not None:
+        table.keep(hot, slots * (form.stride + 8))
+    return table
+
+
 @pytest.fixture(params=TIERS)
 def tier(request, monkeypatch) -> str:
     if request.param == "host without kernels":
         monkeypatch.setattr(kernels, "compiled", lambda: False)
+    if "interpreted" in request.param:
+        if not stored.FEW:
+            pytest.skip("is not asked by this tier")
+        monkeypatch.setenv("ENGRAM_KERNELS", "triton")
     return request.param
 
 
@@ -136,6 +156,11 @@ def test_written_rows_are_rounded_to_the_nearest(tier, tmp_path):
 def test_ids_outside_the_table(tier, wrong, tmp_path):
     table = make(tier, tmp_path, RowFormat(DIM))
     ids = torch.tensor([0, wrong])
+    if "interpreted" in tier:  # a GPU does not tell anybody in time
+        table.update(ids, torch.ones(2, DIM), 1.0)
+        assert table.fetch(ids).isnan().all(1).tolist() == [False, True]
+        assert everything(table).any(1).nonzero().tolist() == [[0]]
+        return
     for attempt in (table.fetch, table.prefetch, lambda ids: table.update(ids, torch.ones(2, DIM), 1.0)):
         with pytest.raises(IndexError, match=rf"{min(0, wrong)} to {max(0, wrong)}.*rows 0 to 299"):
             attempt(ids)
@@ -144,19 +169,25 @@ def test_ids_outside_the_table(tier, wrong, tmp_path):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.sampled_from("pruw"), st.integers(0, 9)), max_size=25), st.integers(1, 50))
-def test_prefetch_is_exact_whatever_happens_meanwhile(actions, slots):
+@given(st.lists(st.tuples(st.sampled_from("prtuw"), st.integers(0, 9)), max_size=25), st.integers(0, 50), st.booleans())
+def test_prefetch_is_exact_whatever_happens_meanwhile(actions, slots, behind_gpu):
     form = RowFormat(3)
     truth, pending = DeviceTable(60, form), []
-    table = StoredTable(CachedStore(MemoryStore(60, form), slots))
+    if behind_gpu:
+        table = pinned(60, form, hot=np.arange(slots), slots=slots)
+    else:
+        table = StoredTable(CachedStore(MemoryStore(60, form), max(slots, 1)))
     for action, number in actions:
         generator = torch.Generator().manual_seed(number)
         ids, values = torch.randperm(60, generator=generator)[:20], torch.randn(20, 3, generator=generator)
         if action == "p":
             pending.append((ids, table.prefetch(ids)))
-        elif action == "r" and pending:
+        elif action in "rt" and pending:
             ids, fetch = pending.pop(0)
             assert torch.equal(fetch.rows(), truth.fetch(ids))
+            if action == "t":  # as training does: an update of what was just taken
+                for each in (truth, table):
+                    each.update(ids, values, 0.1)
         else:
             for each in (truth, table):
                 each.update(ids, values, 0.1) if action == "u" else each.write(ids, values)
@@ -175,6 +206,22 @@ def test_the_asynchronous_mode_may_miss_an_update_and_nothing_else():
     assert not fetch.rows().any()
     assert torch.equal(table.fetch(ids), torch.tensor([-1.0] * 5 + [0.0] * 5)[:, None].expand(10, 3))
     table.close()
+
+
+def test_of_hot_rows_with_one_place_the_hottest_has_it():
+    table = pinned(100, RowFormat(2), hot=np.array([5, 17, 15, 3, 27, 90]), slots=10)
+    assert table.hot is not None
+    assert table.hot.owners.tolist() == [90, -1, -1, 3, -1, 5, -1, 17, -1, -1]
+    table.update(torch.arange(100), torch.ones(100, 2), 1.0)
+    table.records.zero_()
+    table.side.synchronize()
+    table.records.fill_(255)  # nobody looks there for the hot ones
+    assert table.fetch(torch.arange(100)).isfinite().all(1).nonzero().flatten().tolist() == [3, 5, 17, 90]
+
+
+def test_hot_rows_of_another_table_are_refused():
+    with pytest.raises(ConfigError, match=r"from 4 to 9.*rows 0 to 8"):
+        pinned(9, RowFormat(4), hot=np.array([9, 4]))
 
 
 # --- the optimizer --------------------------------------------------------------------------------------------------
@@ -247,6 +294,10 @@ def test_another_format_in_the_file_is_refused(tmp_path):
         build_table(TableConfig("disk", "bf16"), **{**build, "num_rows": 10})
     with pytest.raises(ConfigError, match="only tier disk"):
         TableConfig("host", file="x")
+    with pytest.raises(ConfigError, match="device_memory is at least 0 GB"):
+        TableConfig(device_memory=-1.0)
+    with pytest.raises(ConfigError, match=r"device_memory 2.*only tier host on a GPU"):
+        build_table(TableConfig("host", device_memory=2.0), **build)
     with pytest.raises(ConfigError, match="at least one row"):
         HostTable(0, RowFormat(4))
 

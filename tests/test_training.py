@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from late import LateSide
 from tiny import (
     BASE,
     ENGRAM,
@@ -28,6 +29,7 @@ from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.evaluate.controls import model_of_arm
 from engram_lm.model import PRESETS
 from engram_lm.model.lookup import Leaf
+from engram_lm.tables import TableConfig, pinned, tiers
 from engram_lm.train.checkpoint import Checkpoint, checkpoints, latest
 from engram_lm.train.loader import Loader, LoaderState
 from engram_lm.train.loop import (
@@ -153,6 +155,31 @@ def test_nothing_in_a_step_has_the_size_of_the_table(tmp_path):
     assert sizes.seen == {"index_select", "index_copy_"}
     assert all(p.numel() < 25_000 for p in run.model.parameters())
     assert all(tensor.numel() < 25_000 for tensor in run.optimizer.state().values())
+
+
+def test_a_table_behind_a_gpu_trains_as_one_on_the_device(tmp_path, monkeypatch):
+    settings = config(table=TableConfig(encoding="fp8_e8m0", std=0.1), steps=8)
+    finish(training(tmp_path / "device", settings))
+    monkeypatch.setattr(tiers, "on_gpu", lambda device: True)
+    monkeypatch.setattr(pinned, "SideStream", lambda device: LateSide())
+    for name, memory in ("pinned", 0.0), ("with hot rows", 2e-6):
+        table = replace(settings.table, tier="host", device_memory=memory)
+        run = training(tmp_path / name, replace(settings, table=table))
+        assert isinstance(run.lookup.table, pinned.PinnedTable)
+        assert (run.lookup.table.hot is not None) == (memory > 0)
+        finish(run)
+        assert_same(outcome(tmp_path / "device"), outcome(tmp_path / name))
+
+
+def test_only_deterministic_operations(tmp_path):
+    finish(training(tmp_path / "any", config()))
+    try:
+        run = finish(training(tmp_path / "deterministic", config(deterministic=True)))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert run.done
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(outcome(tmp_path / "any"), outcome(tmp_path / "deterministic"))
 
 
 def test_leaf_rows_take_the_sum_of_all_reads():

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .kernels import compiled
+from .kernels import compiled, on_gpu
 
 DEAD = -1  # in a history: a position that no later n-gram may see
+OUTSIDE = -2  # in a history from a GPU: an id outside the vocabulary
 INT64_MAX = 2**63 - 1
 
 
@@ -294,8 +295,14 @@ def hash_ngrams(
     Without `segments`, positions continue the history's last document.
 
     Returns ids [B, T, L, K] int64 below plan.num_rows, and the history after the last position.
-    Raises ValueError for an id outside the vocabulary, whose product could overflow, and for a wrong shape.
+    Raises ValueError for an id outside the vocabulary, whose product could overflow, and for a wrong shape. On a GPU, where
+    nobody waits for the ids, an n-gram that sees one has row id -1 instead, which reads as NaN; in a history it is OUTSIDE.
     """
+    if on_gpu(canonical.device) and canonical.numel() and not torch.compiler.is_compiling():
+        from .kernels.gpu import hashing as on_device
+
+        _require_shapes(plan, canonical, segments, dead, history)
+        return on_device.hash_ngrams(on_device.constants(plan, canonical.device), canonical, segments, dead, history)
     if canonical.device.type != "cpu" or not compiled():
         return reference_hash_ngrams(plan, canonical, segments=segments, dead=dead, history=history)
     from .kernels import hashing as kernel
@@ -350,20 +357,27 @@ def _complete(
     plan: HashPlan, canonical: Tensor, segments: Tensor | None, dead: Tensor | None, history: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The segments and the history, given or not; all shapes are as documented thereafter."""
+    _require_shapes(plan, canonical, segments, dead, history)
     batch, length = canonical.shape
     if history is None:
         history = start_of_text(plan, batch, canonical.device)
-    if history.shape != (batch, plan.history_length, 2):
-        raise ValueError(
-            f"history is {list(history.shape)} instead of {[batch, plan.history_length, 2]}: it belongs to another "
-            "batch or plan, and n-grams would see the wrong past."
-        )
     if segments is None:
         segments = history[:, -1:, 1].expand(batch, length) if plan.history_length else torch.zeros_like(canonical)
+    return segments, history
+
+
+def _require_shapes(
+    plan: HashPlan, canonical: Tensor, segments: Tensor | None, dead: Tensor | None, history: Tensor | None
+) -> None:
+    of_history = (len(canonical), plan.history_length, 2)
+    if history is not None and history.shape != of_history:
+        raise ValueError(
+            f"history is {list(history.shape)} instead of {list(of_history)}: it belongs to another "
+            "batch or plan, and n-grams would see the wrong past."
+        )
     for name, given in ("segments", segments), ("dead", dead):
         if given is not None and given.shape != canonical.shape:
             raise ValueError(f"{name} is {list(given.shape)}, but the ids are {list(canonical.shape)}.")
-    return segments, history
 
 
 def _require_vocabulary(plan: HashPlan, canonical: Tensor) -> None:
@@ -376,8 +390,9 @@ def _require_vocabulary(plan: HashPlan, canonical: Tensor) -> None:
 
 def start_of_text(plan: HashPlan, batch: int, device: torch.device | None = None) -> Tensor:
     """The history before the first token: nothing to be seen. [B, N-1, 2] int64."""
-    nothing = torch.tensor([DEAD, 0], device=device)
-    return nothing.expand(batch, plan.history_length, 2)
+    history = torch.zeros(batch, plan.history_length, 2, dtype=torch.int64, device=device)
+    history[..., 0] = DEAD
+    return history
 
 
 @dataclass(frozen=True)

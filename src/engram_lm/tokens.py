@@ -20,6 +20,7 @@ from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor
 
 from .errors import DataError
+from .kernels import on_gpu
 
 SENTINEL = "\ue000"  # keeps a token of white space alone from being stripped to nothing
 REPLACEMENT = "\ufffd"  # what a decoder prints for a fragment of a character
@@ -59,13 +60,32 @@ class CanonicalVocabulary:
         return hashlib.sha256(self.lookup.astype("<i8").tobytes()).hexdigest()[:16]
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Canonical ids of token ids, int64, any shape. Raises DataError for an id that the tokenizer does not have."""
+        """Canonical ids of token ids, int64, any shape.
+
+        Raises DataError for an id that the tokenizer does not have. On other devices than the CPU, where nobody waits for the
+        ids, it becomes -1 instead.
+        """
+        if tokens.device.type != "cpu" or on_gpu(tokens.device):
+            return self._framed(tokens.device)[tokens.clamp(-1, len(self.lookup)) + 1]
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.lookup):
             raise DataError(
                 f"token ids run from {int(tokens.min())} to {int(tokens.max())}, but the tokenizer has {len(self.lookup)}: "
                 "the memory would be read at the rows of other words. Mask padding and images with `dead` instead."
             )
-        return torch.as_tensor(self.lookup, device=tokens.device)[tokens]
+        return torch.as_tensor(self.lookup)[tokens]
+
+    def _framed(self, device: torch.device) -> Tensor:
+        """The map on a device with a -1 at either end, copied there once."""
+        if device not in self._copies:
+            self._copies[device] = torch.as_tensor(np.pad(self.lookup, 1, constant_values=-1), device=device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def __getstate__(self) -> dict[str, np.ndarray]:
+        return {"lookup": self.lookup}
 
     @staticmethod
     def identity(size: int) -> CanonicalVocabulary:

@@ -27,11 +27,12 @@ from ..config import digest, to_json
 from ..errors import CheckpointError, ConfigError, MismatchError
 from ..model.lm import MemoryConfig
 from ..model.lookup import Lookup, build_plan
-from ..tables import DeviceTable, DiskTable, HostTable, Table, TableConfig
+from ..tables import DeviceTable, DiskTable, Table, TableConfig
 from ..tables.copied import copy_table, write_table
 from ..tables.file import sync
 from ..tables.records import Newest, ever_written
 from ..tables.rows import Encoding, RowFormat
+from ..tables.tiers import host_table
 from ..tokens import CanonicalVocabulary
 from ..train.checkpoint import checksum
 from .attach import Memory, _require_place, detach, mounted, place
@@ -302,7 +303,7 @@ def _mounted_table(directory: Path, facts: Facts, config: TableConfig, trainable
     table = (
         DeviceTable(facts.rows, form, device)
         if tier == "device"
-        else HostTable(facts.rows, form, device, asynchronous=config.asynchronous)
+        else host_table(facts.rows, form, device, asynchronous=config.asynchronous)
     )
     table.bind(facts.addresses, facts.rows)
     table.load(directory, clock)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..model.lookup import Leaf, Lookup
 from ..tables import deduplicate
+from ..tables.expand import add_up
 
 
 class TrainedRows:
@@ -48,7 +49,7 @@ class TrainedRows:
             return
         unique, inverse = deduplicate(torch.cat(self._ids))
         parts = torch.cat([leaf.grad for leaf in self.leaves if leaf.grad is not None])
-        total = parts.new_zeros(len(unique), parts.shape[1]).index_add_(0, inverse.to(parts.device), parts)
+        total = add_up(parts, inverse.to(parts.device), len(unique))
         self.zero_grad()
         leaf = torch.empty_like(total, requires_grad=True)
         leaf.grad = total
@@ -57,10 +58,11 @@ class TrainedRows:
     def step(self, lr: float) -> None:
         """One row-wise update by the gradients of all forwards since the last one, which are then forgotten."""
         if self.leaves and lr > 0:
-            self.merge()
-            gradient = self.leaves[0].grad
-            assert gradient is not None
-            self.lookup.table.update(self._ids[0], gradient, lr)
+            table, grads = self.lookup.table, [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+            if len(grads) == 1:  # its ids are distinct
+                table.update(self._ids[0], grads[0], lr)
+            else:
+                table.update_reads(torch.cat(self._ids), torch.cat(grads), lr)
             self.fresh = False
         self.zero_grad()
 

@@ -11,6 +11,7 @@ from ..tables import DeviceTable, Table
 from ..tables.cached import CachedStore
 from ..tables.file import TableFile
 from ..tables.journal import journal_path
+from ..tables.pinned import PinnedTable
 from ..tables.stored import StoredTable
 
 
@@ -41,6 +42,8 @@ def records_of(table: Table, first: int, last: int) -> np.ndarray:
     """Records [last - first, stride] uint8 of a run of rows."""
     if isinstance(table, DeviceTable):
         return table.records[first:last].cpu().numpy()
+    if isinstance(table, PinnedTable):
+        return table.settled()[first:last].numpy()
     assert isinstance(table, StoredTable)
     store = table.store.inner if isinstance(table.store, CachedStore) else table.store  # rows read once are not hot
     with table.lock:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..hashing import HashConfig, HashPlan, hash_ngrams
 from ..tables import Fetch, Table, deduplicate, expand
 from ..tables.base import Later
+from ..tables.streams import Handed
 from ..tokens import CanonicalVocabulary
 
 
@@ -35,17 +36,17 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Upcoming:
-    """A batch's distinct rows on their way."""
+    """A batch's distinct rows on their way, perhaps prepared on another stream than the one that computes."""
 
-    unique: Tensor  # [U] int64
-    inverse: Tensor  # [B, T, L, K] int64
+    ids: Handed[tuple[Tensor, ...]]  # unique and inverse, as in Leaf
     fetch: Fetch
 
     @cached_property
     def leaf(self) -> Leaf:
         """Wait for them."""
+        unique, inverse = self.ids.take()
         rows = self.fetch.rows()
-        return Leaf(self.unique, self.inverse.to(rows.device), rows.requires_grad_())
+        return Leaf(unique, inverse.to(rows.device), rows.requires_grad_())
 
     def part(self, first: int, last: int) -> Fetch:
         """`leaf.expand`, once the model wants them: the blocks before its first memory need not wait."""
@@ -54,7 +55,7 @@ class Upcoming:
     def collect(self) -> tuple[Tensor, Tensor]:
         """Distinct rows whose gradients this process applies, and the gradients [U, d], after a backward."""
         rows = self.leaf.rows
-        return self.fetch.collect(self.unique, torch.zeros_like(rows) if rows.grad is None else rows.grad)
+        return self.fetch.collect(self.leaf.unique, torch.zeros_like(rows) if rows.grad is None else rows.grad)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Lookup:
     def upcoming(self, ids: Tensor) -> Upcoming:
         """Start fetching the distinct rows of a training batch's ids [B, T, L, K]."""
         unique, inverse = deduplicate(ids)
-        return Upcoming(unique, inverse, self.table.prefetch(unique))
+        return Upcoming(Handed((unique, inverse)), self.table.prefetch(unique))
 
     def leaf(self, tokens: Tensor, segments: Tensor | None = None) -> Leaf:
         """The distinct rows of a training batch [B, T] as a leaf."""

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MismatchError
+from .dedup import deduplicate
+from .expand import add_up
 from .rows import RowFormat
 
 
@@ -96,7 +98,7 @@ class Table(ABC):
 
     @abstractmethod
     def fetch(self, ids: Tensor, *, encoded: bool = False) -> Tensor:
-        """Rows [..., d] float32 of ids [...] int64, as a tensor of its own on `device`. Raises IndexError for an id outside.
+        """Rows [..., d] float32 of ids [...] int64, as a tensor of its own on `device`. See `check` for an id outside.
 
         encoded: as the bytes [..., form.wire] uint8 in which they are kept, for another process to decode.
         """
@@ -109,6 +111,12 @@ class Table(ABC):
     @abstractmethod
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
         """Apply the row-wise optimizer to distinct ids [U] with gradients [U, d]."""
+
+    def update_reads(self, ids: Tensor, grads: Tensor, lr: float) -> None:
+        """The same from gradients [..., d] of reads: ids [...] may repeat; those of a row are summed in float32."""
+        unique, inverse = deduplicate(ids.reshape(-1))
+        grads = grads.reshape(-1, self.dim)
+        self.update(unique, add_up(grads, inverse.to(grads.device), len(unique)), lr)
 
     def apply(self, ids: Tensor, grads: Tensor, lr: float) -> None:
         """The same with gradients that a fetch has collected: this process's part of the update."""
@@ -154,7 +162,11 @@ class Table(ABC):
             )
 
     def check(self, ids: Tensor) -> Tensor:
-        """The ids, flat. Raises IndexError when one lies outside of the table."""
+        """The ids, flat. Raises IndexError when one lies outside of the table.
+
+        A table that a GPU reads does not look, since that would wait for it: there such a row reads as NaN, so that the loss
+        is NaN and training stops, and its updates are ignored.
+        """
         flat = ids.reshape(-1)
         if flat.numel():
             low, high = (int(end) for end in flat.aminmax())

@@ -15,6 +15,7 @@ from .device import DeviceTable
 from .disk import FileStore
 from .file import PIECE, TableFile
 from .host import MemoryStore
+from .pinned import PinnedTable
 from .records import Newest, Records, convert
 from .rows import Encoding, RowFormat
 from .stored import StoredTable
@@ -74,6 +75,8 @@ def write_table(source: Newest | InMemory, path: Path, form: RowFormat, *, diges
 def _rows(table: Table) -> Newest | InMemory:
     if isinstance(table, DeviceTable):
         return InMemory(table.records, table.form)
+    if isinstance(table, PinnedTable):
+        return InMemory(table.settled(), table.form)
     store = table.store if isinstance(table, StoredTable) else None
     if isinstance(store, CachedStore):
         store = store.inner

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import compiled
+from ..kernels import compiled, on_gpu
 
 
 def deduplicate(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids [U], ascending, and where each of `ids` [...] is among them: `unique[inverse]` equals `ids`.
 
-    All are int64. Raises IndexError for a negative id.
+    All are int64. Raises IndexError for a negative id, except on a GPU, where such an id is a row that reads as NaN.
     """
+    if on_gpu(ids.device):
+        return torch.unique(ids, return_inverse=True)
     if ids.device.type == "cpu" and compiled():
         from ..kernels import dedup as kernel
 

@@ -1,6 +1,6 @@
-"""The plainest tier: all records in one tensor of the device that computes, read and updated by plain torch.
+"""The plainest tier: all records in one tensor of the device that computes.
 
-It is the slow truth of every other tier, and on a GPU it is the fast one.
+On a CPU they are read and updated by plain torch: the slow truth of every other tier. On a GPU it is the fast one.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kernels import on_gpu
+from . import codec
 from .base import Table
-from .rows import RowFormat, encode, read_rows, update_rows
+from .rows import RowFormat
 from .saved import load_records, save_records
 
 
@@ -31,23 +33,35 @@ class DeviceTable(Table):
         """Rows [..., d] of ids [...], or their bytes."""
         flat = self.check(ids.to(self.device))
         if encoded:
-            return self.records[:, : self.form.wire].index_select(0, flat).view(*ids.shape, self.form.wire)
-        return read_rows(self.form, self.records, flat, flat).view(*ids.shape, self.dim)
+            return codec.take(self.records[:, : self.form.wire], flat).view(*ids.shape, self.form.wire)
+        return codec.read(self.form, self.records, flat, flat).view(*ids.shape, self.dim)
 
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
         """Row-wise Adagrad on distinct ids."""
         ids = self.check(ids.to(self.device))
-        update_rows(self.form, self.records, ids, ids, grads.to(self.device, torch.float32), lr, self.clock)
+        codec.update(self.form, self.records, ids, ids, grads.to(self.device), lr, self.clock)
+        self.clock += 1
+
+    def update_reads(self, ids: Tensor, grads: Tensor, lr: float) -> None:
+        """Row-wise Adagrad on the rows of all reads; on a GPU their gradients are summed within the update."""
+        ids = self.check(ids.to(self.device))
+        grads = grads.to(self.device).reshape(-1, self.dim)
+        codec.update_reads(self.form, self.records, ids, ids, grads, lr, self.clock)
         self.clock += 1
 
     def restore(self, ids: Tensor, records: Tensor) -> None:
         """Set records."""
-        self.records[self.check(ids.to(self.device))] = records.to(self.device)
+        codec.put(self.records, self.check(ids.to(self.device)), records.to(self.device))
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
         """Set rows."""
         ids = self.check(ids.to(self.device))
-        self.records[ids, : self.form.row_bytes] = encode(self.form, rows.to(self.device, torch.float32))
+        data = codec.encoded(self.form, rows.to(self.device, torch.float32))
+        codec.put(self.records[:, : self.form.row_bytes], ids, data)
+
+    def check(self, ids: Tensor) -> Tensor:
+        """The ids, flat. On a GPU they are not looked at: rows outside read as NaN, and are not updated."""
+        return ids.reshape(-1).contiguous() if on_gpu(ids.device) else super().check(ids)
 
     def save(self, directory: Path) -> None:
         """Write directory/table.safetensors."""

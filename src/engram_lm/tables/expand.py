@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import compiled
+from ..kernels import compiled, on_gpu
 
 
 def expand(rows: Tensor, inverse: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """rows [U, d] float32 and inverse [...] int64 in 0 .. U-1 -> rows[inverse] [..., d] in `dtype`.
 
-    Gradients are summed in float32, in the order of the reads, whatever their type and the number of threads.
+    Gradients are summed in float32, whatever their type, and to the same bits from run to run; see add_up.
     """
-    ordinary = type(inverse) is Tensor and rows.device.type == "cpu" and rows.dtype == torch.float32
-    if not ordinary or torch.compiler.is_compiling() or not compiled():
+    ordinary = type(inverse) is Tensor and rows.dtype == torch.float32
+    if not ordinary or torch.compiler.is_compiling() or not _fast(rows.device):
         return F.embedding(inverse, rows).to(dtype)
     return _Expand.apply(rows, inverse.contiguous(), dtype)
 
@@ -37,18 +37,31 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,), (count, dim) = ctx.saved_tensors, ctx.shape
-        grads, inverse = grad.float().reshape(-1, dim), inverse.view(-1)
+        grads, inverse = grad.reshape(-1, dim), inverse.view(-1)
         if torch.is_grad_enabled():  # somebody wants the gradients' own
-            return grads.new_zeros(count, dim).index_add(0, inverse, grads), None, None
+            return torch.zeros(ctx.shape, device=grad.device).index_add(0, inverse, grads.float()), None, None
         return add_up(grads, inverse, count), None, None
 
 
 def add_up(grads: Tensor, inverse: Tensor, count: int) -> Tensor:
-    """[count, d]: the sums of those grads [N, d] float32 whose inverse [N] names a row, in their order on a CPU."""
-    if grads.device.type != "cpu" or not compiled():
-        return grads.new_zeros(count, grads.shape[1]).index_add_(0, inverse, grads)
-    from ..kernels.expand import sum_rows  # imports Numba
+    """[count, d] float32: the sums of those grads [N, d] whose inverse [N] names a row.
 
-    summed = torch.empty(count, grads.shape[1])
-    sum_rows(grads.contiguous().detach().numpy(), inverse.numpy(), summed.numpy())
+    On a CPU they are added in their order, on a GPU in another fixed one where a row has many; see kernels/gpu/sums.py.
+    """
+    if not _fast(grads.device):
+        grads = grads.float()
+        return grads.new_zeros(count, grads.shape[1]).index_add_(0, inverse, grads)
+    summed = torch.empty(count, grads.shape[1], device=grads.device)
+    if on_gpu(grads.device):
+        from ..kernels.gpu import sums
+
+        sums.sum_rows(grads.detach().contiguous(), inverse.contiguous(), summed)
+    else:
+        from ..kernels.expand import sum_rows  # imports Numba
+
+        sum_rows(grads.detach().float().contiguous().numpy(), inverse.numpy(), summed.numpy())
     return summed
+
+
+def _fast(device: torch.device) -> bool:
+    return on_gpu(device) or (device.type == "cpu" and compiled())

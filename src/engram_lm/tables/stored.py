@@ -21,6 +21,7 @@ from . import codec
 from .base import Fetch, Table
 from .dedup import deduplicate
 from .store import Held, Staged, Store
+from .streams import Handed, SideStream
 
 FEW = 512  # rows
 
@@ -38,7 +39,7 @@ class StoredTable(Table):
         self.lock = threading.RLock()
         self.travelling: weakref.WeakSet[Travelling] = weakref.WeakSet()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="engram-fetch")
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.side, self.sends = SideStream(self.device), self.device.type == "cuda"
 
     @property
     def resident(self) -> int:
@@ -53,14 +54,14 @@ class StoredTable(Table):
         else:
             unique, inverse = deduplicate(flat)
             rows = self.read(unique.numpy(), encoded=encoded).index_select(0, inverse)
-        return self.deliver(rows).view(*ids.shape, rows.shape[1])
+        return self.deliver(rows).take().view(*ids.shape, rows.shape[1])
 
     def prefetch(self, ids: Tensor, *, encoded: bool = False) -> Fetch:
         """Start reading on another thread, and copying to the device on another stream.
 
         For the few rows of a decoding step the system is asked to read ahead instead: waking a thread would take longer.
         """
-        if self.stream is None and (self.store.in_memory or (ids.numel() <= FEW and not self.asynchronous)):
+        if not self.sends and (self.store.in_memory or (ids.numel() <= FEW and not self.asynchronous)):
             later = super().prefetch(ids, encoded=encoded)
             self.store.advise(ids.reshape(-1).cpu().numpy())
             return later
@@ -136,19 +137,14 @@ class StoredTable(Table):
         """Rows of held records."""
         if encoded:
             return codec.read_bytes(self.form, held.records, held.slots)
-        rows = torch.empty(len(ids), self.dim, pin_memory=self.stream is not None)
+        rows = torch.empty(len(ids), self.dim, pin_memory=self.sends)
         codec.read_rows(self.form, held.records, held.slots, ids, rows.numpy())
         return rows
 
-    def deliver(self, rows: Tensor) -> Tensor:
-        """Rows on the device; on a GPU a copy on a stream of its own, which the present one waits for."""
-        if self.stream is None:
-            return rows
-        with torch.cuda.stream(self.stream):
-            there = rows.to(self.device, non_blocking=True)
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        there.record_stream(torch.cuda.current_stream(self.device))
-        return there
+    def deliver(self, rows: Tensor) -> Handed[Tensor]:
+        """Rows on the device; on a GPU a copy on a stream of its own."""
+        with self.side.current():
+            return Handed(rows.to(self.device, non_blocking=True))
 
     def _changed(self, ids: np.ndarray, held: Held) -> None:
         self.store.changed(ids, held)
@@ -174,7 +170,7 @@ class Travelling(Fetch):
 
     def __init__(self, table: StoredTable, ids: Tensor, *, encoded: bool = False) -> None:
         self.table, self.shape, self.encoded = table, ids.shape, encoded
-        self.early = table.stream is not None or table.asynchronous
+        self.early = table.sends or table.asynchronous
         flat = table.check(ids.cpu())
         self.inverse: Tensor | None = None  # of ids that are distinct and ascending already, as those of a batch are
         if not bool((flat[1:] > flat[:-1]).all()):
@@ -183,9 +179,9 @@ class Travelling(Fetch):
         self.stale: list[np.ndarray] = []  # ids that were updated since they were read
         with table.lock:
             table.travelling.add(self)
-        self.staged: Future[Staged | Tensor] = table.worker.submit(self._ahead)
+        self.staged: Future[Staged | Handed[Tensor]] = table.worker.submit(self._ahead)
 
-    def _ahead(self) -> Staged | Tensor:
+    def _ahead(self) -> Staged | Handed[Tensor]:
         staged = self.table.store.stage(self.ids)
         if not self.early:
             return staged
@@ -199,11 +195,12 @@ class Travelling(Fetch):
         table, ahead = self.table, self.staged.result()
         with table.lock:
             table.travelling.discard(self)
-            rows = ahead if isinstance(ahead, Tensor) else self._decode(ahead)
+            rows = ahead.take() if isinstance(ahead, Handed) else self._decode(ahead)
             if self.early and self.stale and not table.asynchronous:
                 again = np.flatnonzero(np.isin(self.ids, self._updated(), assume_unique=True))
                 there = torch.from_numpy(again).to(rows.device)
-                rows.index_copy_(0, there, table.deliver(table.read(self.ids[again], encoded=self.encoded)))
+                newer = table.deliver(table.read(self.ids[again], encoded=self.encoded)).take()
+                rows.index_copy_(0, there, newer)
         if self.inverse is not None:
             rows = rows.index_select(0, self.inverse.to(rows.device))
         return rows.view(*self.shape, rows.shape[1])

@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 
 from ..errors import ConfigError
+from ..kernels import on_gpu
 from .base import Table
 from .cached import CachedStore
 from .device import DeviceTable
 from .disk import FileStore
 from .file import TableFile
 from .host import HostTable
+from .pinned import PinnedTable
 from .rows import Encoding, RowFormat
 from .saved import require
 from .stored import StoredTable
@@ -25,8 +27,8 @@ class TableConfig:
     """Where a memory's rows live and how they are encoded. The tier changes memory and speed, never a bit of the rows."""
 
     tier: Literal["auto", "device", "host", "disk"] = "auto"
-    """device: memory of the device that computes; host: RAM; disk: a file, with hot rows in RAM. auto: device on a GPU,
-    host on a CPU."""
+    """device: memory of the device that computes; host: RAM, which a GPU reads over the bus while it computes; disk: a file, with hot
+    rows in RAM. auto: device on a GPU, host on a CPU."""
     encoding: Encoding = "fp32"
     """Of a row; all but fp32 are trained with stochastic rounding."""
     std: float = 0.0
@@ -39,14 +41,15 @@ class TableConfig:
     """GB of RAM in which tier disk keeps hot rows."""
     journal: float = 4.0
     """GB that the journal of tier disk grows to before it is applied to the file."""
+    device_memory: float = 0.0
+    """GB of a GPU's memory in which tier host keeps copies of the rows that the text reads most."""
     asynchronous: bool = False
     """Do not refresh rows that were fetched ahead and then updated: NOT exact, rows may miss their last update."""
 
     def __post_init__(self) -> None:
-        if self.memory < 0 or self.journal < 0:
-            raise ConfigError(
-                f"table.memory and table.journal are at least 0 GB, got {self.memory} and {self.journal}."
-            )
+        for name in ("memory", "journal", "device_memory"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"table.{name} is at least 0 GB, got {getattr(self, name)}.")
         if self.file and self.tier != "disk":
             raise ConfigError(f"table.file {self.file!r} was given with tier {self.tier!r}: only tier disk reads it.")
 
@@ -72,14 +75,20 @@ def build_table(
 ) -> Table:
     """A table of the configured tier: empty in memory; on disk the file, created as a sparse one unless it is there.
 
-    Raises MismatchError when the file belongs to another plan or holds rows of another format.
+    Raises MismatchError when the file belongs to another plan or holds rows of another format, ConfigError for hot rows where no
+    table keeps them.
     """
     form, device = config.form(dim, first), torch.device(device)
     tier = config.tier_on(device)
+    if config.device_memory and not (tier == "host" and on_gpu(device)):
+        raise ConfigError(
+            f"table.device_memory {config.device_memory:g} was given for tier {tier} on device {device}: only tier host on a GPU keeps "
+            "hot rows there, and it would have been ignored."
+        )
     if tier == "device":
         return DeviceTable(num_rows, form, device)
     if tier == "host":
-        return HostTable(num_rows, form, device, asynchronous=config.asynchronous)
+        return host_table(num_rows, form, device, asynchronous=config.asynchronous)
     path = Path(config.file) if config.file else directory / "table.safetensors"
     if write and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +104,15 @@ def build_table(
         device=device,
         asynchronous=config.asynchronous,
     )
+
+
+def host_table(
+    num_rows: int, form: RowFormat, device: torch.device, *, asynchronous: bool = False
+) -> PinnedTable | HostTable:
+    """Rows in RAM: a GPU reads them itself, if it has the kernels."""
+    if on_gpu(device):
+        return PinnedTable(num_rows, form, device)
+    return HostTable(num_rows, form, device, asynchronous=asynchronous)
 
 
 class DiskTable(StoredTable):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import signal
 import time
@@ -30,8 +31,11 @@ from ..model.lm import LanguageModel, ModelConfig
 from ..model.lookup import Lookup, Upcoming
 from ..tables import Fetch, TableConfig
 from ..tables.pieces import load_table
+from ..tables.pinned import PinnedTable
 from ..tables.sharded import ShardedTable
+from ..tables.streams import SideStream
 from . import checkpoint as checkpoints
+from .hot import hottest
 from .loader import Batch, LoaderState
 from .optim import OptimConfig, Optimizer, schedule
 from .parallel import Parallel, ParallelConfig
@@ -60,6 +64,8 @@ class TrainConfig:
     """Of matrix products; auto is bfloat16 where the hardware multiplies it."""
     compile: bool = False
     """Run the model through torch.compile (wants a C++ compiler on a CPU)."""
+    deterministic: bool = False
+    """On a GPU take only operations that give the same bits every time, which is slower; a CPU's all do."""
     device: str = "auto"
     """cpu, cuda, or auto for a GPU where there is one."""
     eval_every: int = 100
@@ -141,6 +147,8 @@ class Training:
         self.device = choose_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
+        if config.deterministic:
+            be_deterministic()
         self.parallel = Parallel(config, self.ranks, self.device)
         settings = configs.to_dict(config)
         del settings["parallel"]  # a run may go on with another number of ranks
@@ -162,6 +170,8 @@ class Training:
                 self.ranks.first(lambda: start_directory(directory, config, again=resume))
                 if lookup:
                     lookup.table.begin(again=resume)
+            if lookup and isinstance(lookup.table, PinnedTable) and config.table.device_memory:
+                lookup.table.keep(hottest(lookup, batches), int(config.table.device_memory * 1e9))
             writes = self.ranks.rank == 0
             self.metrics = Metrics(
                 directory / "metrics.jsonl" if writes else None, after=self.done_steps, tensorboard=tensorboard
@@ -170,7 +180,8 @@ class Training:
             if self.claim:
                 self.claim.close()
             raise
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="engram-batch") if config.prefetch else None
+        aside = SideStream(self.device)  # on a GPU addresses are found beside the step, too
+        self.worker = ThreadPoolExecutor(1, "engram-batch", aside.adopt) if config.prefetch else None
         self.ahead: Future[Prepared] | None = None
         self.loss_of = torch.compile(self.model.loss) if config.compile else self.model.loss
 
@@ -376,6 +387,13 @@ def choose_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's, for a name and for a build without CUDA
         raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def be_deterministic() -> None:
+    """From now on, in this process: operations that have no deterministic form raise RuntimeError. Those of this package always do."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+    torch.use_deterministic_algorithms(True)
 
 
 def environment(config: TrainConfig, device: torch.device, ranks: Ranks) -> dict[str, Any]:
