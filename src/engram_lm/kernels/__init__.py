@@ -37,16 +37,28 @@ def compiled() -> bool:
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether the Triton kernels of `gpu/` work on tensors of this device.
+    """Whether the Triton kernels of `gpu/` work on tensors of this device: a GPU, and torch's current one, where they run.
 
     With ENGRAM_KERNELS=triton also on those of a CPU, where TRITON_INTERPRET=1 has Triton interpret them: for tests.
     """
-    return _triton() and (device.type == "cuda" or os.environ.get("ENGRAM_KERNELS") == "triton")
+    import torch
+
+    here = device.type == "cuda" and device.index in (None, torch.cuda.current_device())
+    return (here or os.environ.get("ENGRAM_KERNELS") == "triton") and _triton()
 
 
 @functools.cache
 def _triton() -> bool:
-    return os.environ.get("ENGRAM_KERNELS") != "off" and find_spec("triton") is not None
+    """Whether Triton is there and wanted: said aloud when it is missing, as above."""
+    if os.environ.get("ENGRAM_KERNELS") == "off":
+        return False
+    if find_spec("triton") is None:
+        warnings.warn(
+            "Triton is not installed: on the GPU everything takes the slow path in torch, with the same results.",
+            stacklevel=3,
+        )
+        return False
+    return True
 
 
 def threads() -> int:
