@@ -116,6 +116,7 @@ def test_every_tier_gives_the_same_rows(tier, encoding, std, tmp_path):
     assert table.clock == truth.clock == 6
     shaped = torch.tensor([[[3, 3], [299, 0]]])
     assert torch.equal(table.fetch(shaped), truth.fetch(shaped))
+    assert torch.equal(table.prefetch(shaped).rounded(torch.bfloat16), truth.fetch(shaped).bfloat16())
     assert table.fetch(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, DIM)
     table.close()
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from ..hashing import HashPlan
 from .lm import LanguageModel, ModelConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PARTS = ("embedding", "head", "attention", "ffn", "experts", "connections", "norms", "memory")
 
@@ -36,6 +39,8 @@ class Count:
     table_bytes_per_token: int  # read from the tables for one token
 
     def __rich__(self) -> Table:
+        from rich.table import Table
+
         table = Table(show_header=False, box=None, padding=(0, 2))
         table.add_column()
         table.add_column(justify="right")

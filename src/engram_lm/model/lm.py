@@ -268,9 +268,10 @@ class LanguageModel(nn.Module):
         after = []
         for layer, block in enumerate(self.blocks):
             if block.memory is not None:
-                rows = rows if isinstance(rows, Tensor) else self._arrived(rows, tokens)
                 # where and as the projection takes them: a model held in bf16 has no autocast to do it
-                rows = rows.to(h.device, h.dtype if h.dtype.itemsize < 4 else rows.dtype)
+                narrow = h.dtype if h.dtype.itemsize < 4 else None
+                rows = rows if isinstance(rows, Tensor) else self._arrived(rows, narrow, tokens)
+                rows = rows.to(h.device, narrow or rows.dtype)
             checkpoint: Any = block.checkpoint if self.training else None
             call = partial(checkpoint, block) if checkpoint else block
             h, layer_state = call(h, self._rows_of(layer, rows), layers[layer], context)
@@ -346,10 +347,10 @@ class LanguageModel(nn.Module):
             return None
         return rows[:, :, memory.hash.layers.index(layer)]
 
-    def _arrived(self, fetch: Fetch | None, tokens: Tensor) -> Tensor:
+    def _arrived(self, fetch: Fetch | None, narrow: torch.dtype | None, tokens: Tensor) -> Tensor:
         """Rows that were on their way."""
         assert fetch is not None  # a model with a memory was given rows
-        rows = fetch.rows()
+        rows = fetch.rounded(narrow) if narrow else fetch.rows()
         self._check_shape(rows, tokens)
         return rows
 

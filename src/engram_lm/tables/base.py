@@ -32,6 +32,10 @@ class Fetch(Protocol):
     def rows(self) -> Tensor:
         """Wait for the rows [..., d] float32, in the order of the ids that were asked for; as of now, not of then."""
 
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """The same rounded to a narrower type, for a model that is held in it."""
+        return self.rows().to(dtype)
+
     def begin(self) -> None:
         """No row will be updated before these are taken: what had to wait for that may start."""
         return
@@ -45,14 +49,18 @@ class Fetch(Protocol):
 
 
 class Later(Fetch):
-    """Rows that are at hand: read when they are wanted, and so never out of date."""
+    """Rows that are at hand: read when they are wanted, and so never out of date. rounded: reads them in a narrower type."""
 
-    def __init__(self, read: Callable[[], Tensor]) -> None:
-        self.read = read
+    def __init__(self, read: Callable[[], Tensor], rounded: Callable[[torch.dtype], Tensor] | None = None) -> None:
+        self.read, self.read_rounded = read, rounded or super().rounded
 
     def rows(self) -> Tensor:
         """Read them."""
         return self.read()
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """Read them rounded."""
+        return self.read_rounded(dtype)
 
 
 class Table(ABC):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import on_gpu
 from . import codec
-from .base import Table
+from .base import Fetch, Later, Table
 from .rows import RowFormat
 from .saved import load_records, save_records
 
@@ -31,10 +31,19 @@ class DeviceTable(Table):
 
     def fetch(self, ids: Tensor, *, encoded: bool = False) -> Tensor:
         """Rows [..., d] of ids [...], or their bytes."""
-        flat = self.check(ids.to(self.device))
         if encoded:
+            flat = self.check(ids.to(self.device))
             return codec.take(self.records[:, : self.form.wire], flat).view(*ids.shape, self.form.wire)
-        return codec.read(self.form, self.records, flat, flat).view(*ids.shape, self.dim)
+        return self._read(ids, torch.float32)
+
+    def prefetch(self, ids: Tensor, *, encoded: bool = False) -> Fetch:
+        """They are at hand."""
+        self.check(ids)
+        return Later(lambda: self.fetch(ids, encoded=encoded), lambda dtype: self._read(ids, dtype))
+
+    def _read(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        flat = self.check(ids.to(self.device))
+        return codec.read(self.form, self.records, flat, flat, dtype).view(*ids.shape, self.dim)
 
     def update(self, ids: Tensor, grads: Tensor, lr: float) -> None:
         """Row-wise Adagrad on distinct ids."""

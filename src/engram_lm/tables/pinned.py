@@ -11,6 +11,7 @@ device: rows are exact, and nobody waits for the bus unless it is too slow. On a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from pathlib import Path
@@ -173,17 +174,30 @@ class Arriving(Fetch):
 
     def rows(self) -> Tensor:
         """Have the present stream wait for them, and renew what was altered meanwhile."""
-        table, form = self.table, self.table.form
+        self._arrive()
+        if self.encoded:
+            form = self.table.form
+            return self.records[:, : form.wire].reshape(*self.asked.shape, form.wire)
+        return self._decode(torch.float32)
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """The same, decoded into a narrower type."""
+        self._arrive()
+        return self._decode(dtype)
+
+    def _arrive(self) -> None:
+        table = self.table
         with table.lock:
             table.travelling.discard(self)
             self.records = self.coming.take()
             for newer in self.newer:
                 self.records = renewed(self.ids, self.records, *newer.take())
             table.taken = self
-        if self.encoded:
-            return self.records[:, : form.wire].reshape(*self.asked.shape, form.wire)
-        slots = torch.arange(len(self.ids), device=table.device)
-        return codec.read(form, self.records, slots, self.ids).view(*self.asked.shape, form.dim)
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
+        slots = torch.arange(len(self.ids), device=self.table.device)
+        rows = codec.read(self.table.form, self.records, slots, self.ids, dtype)
+        return rows.view(*self.asked.shape, self.table.dim)
 
 
 def renewed(ids: Tensor, records: Tensor, changed: Tensor, newer: Tensor) -> Tensor:
@@ -202,6 +216,8 @@ def pin(memory: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cuda":
         address, runtime = tensor.data_ptr(), torch.cuda.cudart()
         if error := int(runtime.cudaHostRegister(address, tensor.nbytes, PORTABLE_AND_MAPPED)):
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=device)  # CUDA tells its last error once more, to whoever is next
             raise ConfigError(
                 f"{tensor.nbytes / 1e9:.1f} GB of RAM cannot be pinned (CUDA error {error}): the GPU could not read the table. "
                 "Take fewer rows, or tier disk."

@@ -18,10 +18,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from .. import __version__
@@ -42,6 +41,9 @@ from .parallel import Parallel, ParallelConfig
 from .precision import Precision, autocast, resolve
 from .ranks import Ranks
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -529,6 +531,15 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def progress_bar(hidden: bool = False) -> Progress:
     """The columns of a training run; `hidden` for ranks whose progress another shows."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     return Progress(
         TextColumn("{task.description:>12}"),
         BarColumn(),
