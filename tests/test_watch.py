@@ -191,9 +191,9 @@ def test_a_rank_that_is_killed_is_missed(processes: ForkServerContext, tmp_path:
     killed = {rank for rank, fault in faults.items() if fault.startswith("killed")}
     assert {rank for rank, text in said.items() if text == "killed"} == killed
     message = one_message(said, said.keys() - killed)
-    for rank in said:
-        seen = rf"rank {rank} \(process \d+ on \S+\) was last seen in step 3 and is gone without a word"
-        assert len(re.findall(seen, message)) == (rank in killed), message
+    named = re.findall(r"rank (\d) \(process \d+ on \S+\) was last seen in step 3 and is gone without a word", message)
+    assert 0 < len(named) == len(set(named))
+    assert {int(rank) for rank in named} <= killed, message  # one may die when another has been missed already
     assert "Connection" in message
     assert "typically" not in message
 

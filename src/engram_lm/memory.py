@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .kernels import compiled
+from .kernels import compiled, on_gpu
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,17 @@ class ConvState(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is fused, once the rows are projected."""
+    """What is fused, once the rows are projected; gain and taps in single precision at least."""
 
     query: Tensor  # [B, T, M, D] the hidden state
     projected: Tensor  # [B, T, M + 1, D]: M keys (none for an open gate) and the value
     gain: Tensor  # [M, D] of query and key together
     taps: Tensor  # [k, M, D] of the convolution, with its norm's gain in them; the last one: the present
+
+    def precise(self) -> Inputs:
+        """All of it in single precision at least."""
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        return Inputs(*(x.to(dtype) for x in self))
 
 
 class Engram(nn.Module):
@@ -134,32 +139,35 @@ class Engram(nn.Module):
         keep: [B, T] bool, False silences the memory at a position. The state is returned when asked for or given.
         """
         inputs = self._inputs(hidden, rows)
-        if state is None and not with_state and self.keys and _kernels_take(hidden):
+        kernels = _kernels_for(hidden) if self.keys else None
+        if kernels == "gpu":
+            delta, state = self._fuse_on_gpu(inputs, state, segments, keep, with_state)
+        elif kernels == "cpu" and state is None and not with_state:
             from .kernels.fuse import fuse  # imports Numba
 
             delta = fuse(
                 lambda *inputs: self._fuse(Inputs(*inputs), None, segments, keep, False)[0],
-                *inputs,
+                *inputs.precise(),
                 segments=segments,
                 keep=keep,
                 config=self.config,
             )
         else:
-            delta, state = self._fuse(inputs, state, segments, keep, with_state)
+            delta, state = self._fuse(inputs.precise(), state, segments, keep, with_state)
         return delta.to(hidden.dtype), state
 
     def gates(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """The gate's openings in (0, 1): [B, T, M]."""
-        query, projected, gain, _ = self._inputs(hidden, rows)
+        query, projected, gain, _ = self._inputs(hidden, rows).precise()
         return self._gate(query, projected[:, :, :-1], gain)
 
     def _inputs(self, hidden: Tensor, rows: Tensor) -> Inputs:
-        """What is fused, in single precision at least."""
+        """What is fused."""
         dtype, shape = torch.promote_types(hidden.dtype, torch.float32), (self.streams, self.dim)
-        projected = self.project(rows.flatten(-2)).to(dtype).unflatten(-1, (self.keys + 1, self.dim))
+        projected = self.project(rows.flatten(-2)).unflatten(-1, (self.keys + 1, self.dim))
         gain = self._gain(self.query_gain) * self._gain(self.key_gain) if self.keys else projected.new_ones(shape)
         taps = self.conv_weight * self._gain(self.conv_gain) if self.config.conv_kernel else gain.new_zeros(0, *shape)
-        return Inputs(hidden.to(dtype), projected, gain.to(dtype), taps.to(dtype))
+        return Inputs(hidden, projected, gain.to(dtype), taps.to(dtype))
 
     def _gain(self, gain: Tensor) -> Tensor:
         """A norm's gain as a factor."""
@@ -174,15 +182,49 @@ class Engram(nn.Module):
         with_state: bool,
     ) -> tuple[Tensor, ConvState | None]:
         """The change [B, T, M, D] in plain operations; kernels/fuse.py has the same in one pass."""
-        query, projected, gain, taps = inputs
-        keys, value = projected[:, :, :-1], projected[:, :, -1:]
-        gated = self._gate(query, keys, gain)[..., None] * value  # [B, T, M, D]
-        if keep is not None:
-            gated = gated.masked_fill(~keep[:, :, None, None], 0.0)
+        gated = self._gated(inputs, keep)
         if not self.config.conv_kernel:
             return gated, None
+        mixed, state = self._short_conv(gated, inputs.taps, state, segments, with_state)
+        return gated + mixed, state
+
+    def _fuse_on_gpu(
+        self,
+        inputs: Inputs,
+        state: ConvState | None,
+        segments: Tensor | None,
+        keep: Tensor | None,
+        with_state: bool,
+    ) -> tuple[Tensor, ConvState | None]:
+        """The same from kernels/gpu/fuse.py, which take the inputs in their own precision.
+
+        A convolution with a state is left to plain operations; without taps the kernels give what goes into it.
+        """
+        from .kernels.gpu.fuse import fuse  # imports Triton
+
+        query, projected, gain, taps = inputs
+        if not self.config.conv_kernel or (state is None and not with_state):
+
+            def plain(*inputs: Tensor) -> Tensor:
+                return self._fuse(Inputs(*inputs).precise(), None, segments, keep, False)[0].to(query.dtype)
+
+            return fuse(plain, *inputs, segments=segments, keep=keep, config=self.config), None
+
+        gated = fuse(
+            lambda *inputs: self._gated(Inputs(*inputs).precise(), keep),
+            *(query.float(), projected, gain, taps[:0]),
+            segments=None,
+            keep=keep,
+            config=self.config,
+        )
         mixed, state = self._short_conv(gated, taps, state, segments, with_state)
         return gated + mixed, state
+
+    def _gated(self, inputs: Inputs, keep: Tensor | None) -> Tensor:
+        """gate * value: [B, T, M, D]."""
+        query, projected, gain, _ = inputs
+        gated = self._gate(query, projected[:, :, :-1], gain)[..., None] * projected[:, :, -1:]
+        return gated if keep is None else gated.masked_fill(~keep[:, :, None, None], 0.0)
 
     def _gate(self, query: Tensor, keys: Tensor, gain: Tensor) -> Tensor:
         """[B, T, M]; equation 4, and the demo's squashing of the score.
@@ -235,10 +277,13 @@ class Engram(nn.Module):
         return F.silu(total), ConvState(inputs.detach(), documents)
 
 
-def _kernels_take(hidden: Tensor) -> bool:
-    """Whether kernels/fuse.py may do it: single precision or less, on a CPU, and torch is neither compiling nor faking."""
-    ordinary = type(hidden) is Tensor and hidden.device.type == "cpu" and hidden.dtype != torch.float64
-    return ordinary and not torch.compiler.is_compiling() and compiled()
+def _kernels_for(hidden: Tensor) -> Literal["gpu", "cpu"] | None:
+    """Which kernels take these hidden states. None for double precision, and where torch is compiling or faking."""
+    if type(hidden) is not Tensor or hidden.dtype == torch.float64 or torch.compiler.is_compiling():
+        return None
+    if on_gpu(hidden.device):
+        return "gpu"
+    return "cpu" if hidden.device.type == "cpu" and compiled() else None
 
 
 def reference_engram(
