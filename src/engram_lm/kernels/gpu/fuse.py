@@ -68,7 +68,10 @@ class _Fuse(torch.autograd.Function):
         delta = query.new_empty(query.shape)
         if not delta.numel():
             return delta, facts
-        tile, width = Tile.of(query, taps), min(triton.next_power_of_2(dim), NUMBERS)  # a warp for each stream of a token
+        tile, width = (
+            Tile.of(query, taps),
+            min(triton.next_power_of_2(dim), NUMBERS),
+        )  # a warp for each stream of a token
         gate.find_facts[(batch * length,)](
             query, projected, gain, keep, facts, length, *query.stride()[:3], config.norm_eps, config.conv_norm_eps,
             streams, dim, config.gate, len(taps) > 0, tile.streams, width,
