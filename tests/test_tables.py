@@ -209,6 +209,15 @@ def test_the_asynchronous_mode_may_miss_an_update_and_nothing_else():
     table.close()
 
 
+def test_what_a_fetch_has_brought_is_not_updated_once_it_is_old():
+    truth, table, ids = DeviceTable(60, RowFormat(3)), pinned(60, RowFormat(3)), torch.arange(10)
+    table.prefetch(ids).rows()
+    for changed in (torch.arange(5, 15), ids):
+        for each in (truth, table):
+            each.update(changed, torch.ones(10, 3), 1.0)
+    assert torch.equal(everything(table), everything(truth))
+
+
 def test_of_hot_rows_with_one_place_the_hottest_has_it():
     table = pinned(100, RowFormat(2), hot=np.array([5, 17, 15, 3, 27, 90]), slots=10)
     assert table.hot is not None
