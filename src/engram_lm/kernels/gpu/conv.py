@@ -1,14 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 # ruff: noqa: RUF005  (Triton knows no (*tuple, more))
-"""The short convolution, and everything of backward that has the size of [B, T, M, D].
+"""The short convolution, forward and backward.
 
 Positions t, t + dilation, t + 2 * dilation, ... are a chain: the convolution couples no others. A program walks along a chain
 with some columns of all streams, a tile [STREAMS, WIDTH], and what it needs of other positions it had k - 1 steps ago at most:
 it is still in registers. The chains, laid end to end, are cut into shares of `steps` positions, a share for one program in
 each block of columns; before its share a program takes the k - 1 steps that fill the registers.
 
-Backward walks towards the past, since a position's gradient needs those of later outputs; and it walks twice, since it needs
-sums over all columns first. What it recomputes is cheaper than to store and load it.
+Backward walks towards the past, since a position's gradient needs those of later outputs, and recomputes the convolution on the
+way: that is cheaper than to store and load it.
 
 A program is one warp, so no sum waits for other warps. Of a loop k - 1 steps are unrolled: by then every tile has been
 replaced, so none is moved between registers, and Triton asks for the inputs of the next k - 1 steps beforehand. Above four
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gate import FACTS, GATE, KEY_SHRINK, NORM, PULL, QUERY_SHRINK, SHRINK, SLOPES, sigmoid
+from .gate import FACTS, GATE, NORM, load_value, sigmoid
 
 
 @triton.jit
@@ -66,13 +66,6 @@ def streams_at(keep, sequence, t, length, m, M: tl.constexpr):
     if keep is not None:
         known = known & (tl.load(keep + sequence + t, known, 0) != 0)
     return m < tl.where(known, M, 0)
-
-
-@triton.jit
-def load_value(projected, token, there, m, d, M: tl.constexpr, D: tl.constexpr):
-    """[STREAMS, WIDTH]: once for each stream, as a tile's other inputs are laid out."""
-    at = projected + token * ((M + 1) * D) + (M * D + d)
-    return tl.load(tl.broadcast_to(at, [m.shape[0], d.shape[1]]), there & (d < D), 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -180,13 +173,15 @@ def weighed(received, weights, TAPS: tl.constexpr):
 
 
 @triton.jit
-def sum_up(
-    projected, taps, segments, keep, facts, delta_grad, sums, taps_shares, length, dilation, chain, steps, total,
+def convolve_back(
+    projected, taps, segments, keep, facts, delta_grad, value_grad, sums, taps_shares,
+    length, dilation, chain, steps, total,
     M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, STREAMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """sums [blocks, B * T, M, 2] over a block's columns, and each share's part [shares, k, M, D] of the gradient of taps.
+    """What the gates' backward needs, and each share's part [shares, k, M, D] of the gradient of taps.
 
-    With normed the convolution's input, the sums are those of delta_grad * normed and of normed_grad * normed.
+    With normed the convolution's input: sums [blocks, B * T, M, 2] over a block's columns of delta_grad * normed and of
+    normed_grad * normed; and value_grad [B * T, D] float32, the value's gradient as if gate and norm were constants.
     """
     PERIOD: tl.constexpr = TAPS - 1 if TAPS > 1 and TAPS < 5 else 1
     block, share, first, last, m, d = part_of(steps, total, D, STREAMS, WIDTH)
@@ -209,71 +204,26 @@ def sum_up(
                 past, later, past_documents, later_documents, weights, projected, segments, keep, facts, delta_grad,
                 sequence, t, length, dilation, m, d, M, D, TAPS,
             )  # fmt: skip
-            at, real = sums + (sequence + t) * (M * 2), m < tl.where(t < length, M, 0)
+            token, there = sequence + t, streams_at(keep, sequence, t, length, m, M)
+            at, real = sums + token * (M * 2), m < tl.where(t < length, M, 0)
+            gate = tl.load(facts + token * (M * FACTS) + (m * FACTS + GATE), there, 0.0)
             tl.store(at, tl.sum(upstream * normed, 1, keep_dims=True), real)
+            direct = gate * upstream
             if TAPS:
-                tl.store(at + 1, tl.sum(weighed(received, weights, TAPS) * normed, 1, keep_dims=True), real)
+                normed_grad = weighed(received, weights, TAPS)
+                tl.store(at + 1, tl.sum(normed_grad * normed, 1, keep_dims=True), real)
+                direct += gate * tl.load(facts + token * (M * FACTS) + (m * FACTS + NORM), there, 0.0) * normed_grad
                 sofar, taps_grads = taps_grads, ()
                 for lag in tl.static_range(TAPS):
                     taps_grads = taps_grads + (sofar[lag] + received[lag] * normed,)
             else:
                 tl.store(at + 1, tl.zeros([STREAMS, 1], tl.float32), real)
+            if keep is not None:  # what is received may be NaN
+                direct = tl.where(there, direct, 0.0)
+            direct = tl.broadcast_to(tl.sum(direct, 0, keep_dims=True), [STREAMS, WIDTH])
+            place = tl.broadcast_to(value_grad + token * D + d, [STREAMS, WIDTH])
+            tl.store(place, direct, real & (m == 0) & (d < D))
 
     for lag in tl.static_range(TAPS):
         row = (share * TAPS + TAPS - 1 - lag).to(tl.int64) * M + m
         tl.store(taps_shares + row * D + d, taps_grads[lag], (m < M) & (d < D))
-
-
-@triton.jit
-def spread(
-    query, projected, gain, taps, segments, keep, facts, slopes, delta_grad, query_grad, projected_grad, gain_shares,
-    query_b, query_t, query_m, length, dilation, chain, steps, total,
-    M: tl.constexpr, D: tl.constexpr, TAPS: tl.constexpr, STREAMS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Gradients of query [B, T, M, D] and projected [B, T, M + 1, D], and each share's part [shares, M, D] of the gain's.
-
-    The formulas are at gate.find_slopes. query has strides query_b, query_t, query_m, 1.
-    """
-    PERIOD: tl.constexpr = TAPS - 1 if TAPS > 1 and TAPS < 5 else 1
-    _block, share, first, last, m, d = part_of(steps, total, D, STREAMS, WIDTH)
-    weights = load_weights(taps, m, d, M, D, TAPS)
-    gains = tl.load(gain + m * D + d, (m < M) & (d < D), 0.0)
-    gain_grad = tl.zeros([STREAMS, WIDTH], tl.float32)
-    for number in range(first // chain, (last - 1) // chain + 1):
-        sequence = (number // dilation).to(tl.int64) * length
-        begin, end = tl.maximum(first - number * chain, 0), tl.minimum(last - number * chain, chain)
-        newest = number % dilation + (end - 1) * dilation
-        past, later, past_documents, later_documents = begin_back(
-            weights, projected, segments, keep, facts, delta_grad, sequence, newest, length, dilation, m, d, M, D, TAPS
-        )
-        for i in tl.range(0, end - begin, num_stages=2, loop_unroll_factor=PERIOD):
-            t = newest - i * dilation
-            upstream, _, received, past, later, past_documents, later_documents = step_back(
-                past, later, past_documents, later_documents, weights, projected, segments, keep, facts, delta_grad,
-                sequence, t, length, dilation, m, d, M, D, TAPS,
-            )  # fmt: skip
-            token, there = sequence + t, streams_at(keep, sequence, t, length, m, M)
-            real = (m < tl.where(t < length, M, 0)) & (d < D)
-            fact, slope = facts + token * (M * FACTS) + m * FACTS, slopes + token * (M * SLOPES) + m * SLOPES
-
-            gate, value = tl.load(fact + GATE, there, 0.0), load_value(projected, token, there, m, d, M, D)
-            value_grad = gate * upstream - tl.load(slope + SHRINK, there, 0.0) * value
-            if TAPS:
-                value_grad += gate * tl.load(fact + NORM, there, 0.0) * weighed(received, weights, TAPS)
-            if keep is not None:  # what is received may be NaN
-                value_grad = tl.where(there, value_grad, 0.0)
-            value_grad = tl.broadcast_to(tl.sum(value_grad, 0, keep_dims=True), [STREAMS, WIDTH])
-            value_at = tl.broadcast_to(projected_grad + token * ((M + 1) * D) + (M * D + d), [STREAMS, WIDTH])
-            tl.store(value_at, value_grad, real & (m == 0))
-
-            query_at = query + (sequence // length * query_b + t.to(tl.int64) * query_t) + (m * query_m + d)
-            key_at = token * ((M + 1) * D) + (m * D + d)
-            q = tl.load(query_at, there & (d < D), 0.0).to(tl.float32)
-            k = tl.load(projected + key_at, there & (d < D), 0.0).to(tl.float32)
-            pull = tl.load(slope + PULL, there, 0.0)
-            from_query = tl.load(slope + QUERY_SHRINK, there, 0.0) * q
-            from_key = tl.load(slope + KEY_SHRINK, there, 0.0) * k
-            tl.store(query_grad + token * (M * D) + (m * D + d), pull * gains * k - from_query, real)
-            tl.store(projected_grad + key_at, pull * gains * q - from_key, real)
-            gain_grad += pull * (q * k)
-    tl.store(gain_shares + (share.to(tl.int64) * M + m) * D + d, gain_grad, (m < M) & (d < D))

@@ -1,8 +1,9 @@
 """What Engram does with projected rows: two kernels forward and three backward.
 
     forward   facts of the gates from query, keys and value (gate.find_facts); delta from facts and value (conv.convolve)
-    backward  sums over columns from value and delta_grad (conv.sum_up); slopes from sums (gate.find_slopes); gradients from
-              everything (conv.spread)
+    backward  the value's gradient as far as it does not pass through gates, and sums over columns for those that do, from value
+              and delta_grad (conv.convolve_back); slopes from sums (gate.find_slopes); gradients of query, keys and value
+              from these (gate.spread)
 
 Nothing of the size of [B, T, M, D] is stored on the way, as in the CPU's kernels/fuse.py: the convolution's input is
 gate * norm * value. Inputs are read in their own dtype; everything else is float32.
@@ -21,6 +22,7 @@ from . import conv, gate
 
 NUMBERS = 256  # of a tile: eight a thread, which are 16 bytes of half precision
 WARPS = 1056  # what a large GPU runs at once of programs whose threads have 255 registers
+STEPS, SHARES = 32, 256  # tokens of a program without a walk, at least; parts of the gain's gradient, at most
 
 
 def fuse(
@@ -68,14 +70,11 @@ class _Fuse(torch.autograd.Function):
         delta = query.new_empty(query.shape)
         if not delta.numel():
             return delta, facts
-        tile, width = (
-            Tile.of(query, taps),
-            min(triton.next_power_of_2(dim), NUMBERS),
-        )  # a warp for each stream of a token
+        tile, width = Tile.of(query, taps), min(triton.next_power_of_2(dim), NUMBERS)
         gate.find_facts[(batch * length,)](
             query, projected, gain, keep, facts, length, *query.stride()[:3], config.norm_eps, config.conv_norm_eps,
             streams, dim, config.gate, len(taps) > 0, tile.streams, width,
-            num_warps=min(tile.streams, 16), enable_fp_fusion=True,
+            num_warps=min(tile.streams, 16), enable_fp_fusion=True,  # one for each stream
         )  # fmt: skip
         walk = Walk.of(query, taps, config, 8 * WARPS // tile.blocks)  # short walks: they begin with little work
         conv.convolve[(walk.shares * tile.blocks,)](
@@ -100,13 +99,13 @@ class _Fuse(torch.autograd.Function):
         if not query_grad.numel():
             return query_grad, projected_grad, torch.zeros_like(gain), torch.zeros_like(taps), *[None] * 4
         tile, gates, delta_grad = Tile.of(query, taps), facts[..., 0].numel(), delta_grad.contiguous()
-        walk = Walk.of(query, taps, config, WARPS // tile.blocks)
-        shape = streams, dim, len(taps), tile.streams, tile.width
+        walk, tokens = Walk.of(query, taps, config, WARPS // tile.blocks), gates // streams
 
         sums, taps_shares = facts.new_empty(tile.blocks, gates, 2), taps.new_empty(walk.shares, *taps.shape)
-        conv.sum_up[(walk.shares * tile.blocks,)](
-            projected, taps, segments, keep, facts, delta_grad, sums, taps_shares, *walk, *shape,
-            num_warps=1, enable_fp_fusion=True,
+        value_grad = facts.new_empty(tokens, dim)
+        conv.convolve_back[(walk.shares * tile.blocks,)](
+            projected, taps, segments, keep, facts, delta_grad, value_grad, sums, taps_shares, *walk,
+            streams, dim, len(taps), tile.streams, tile.width, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
         slopes, padded = facts.new_empty(gates, gate.SLOPES.value), triton.next_power_of_2(tile.blocks)
         size = max(1, 2048 // padded)
@@ -114,10 +113,13 @@ class _Fuse(torch.autograd.Function):
             sums, facts, slopes, gates, config.conv_norm_eps, dim, config.gate, tile.blocks, padded, size,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        gain_shares = gain.new_empty(walk.shares, *gain.shape)
-        conv.spread[(walk.shares * tile.blocks,)](
-            query, projected, gain, taps, segments, keep, facts, slopes, delta_grad, query_grad, projected_grad, gain_shares,
-            *query.stride()[:3], *walk, *shape, num_warps=1, enable_fp_fusion=True,
+        steps = max(STEPS, triton.cdiv(tokens, SHARES))
+        shares = triton.cdiv(tokens, steps)
+        gain_shares = gain.new_empty(shares, *gain.shape)
+        gate.spread[(shares * tile.blocks,)](
+            query, projected, gain, keep, slopes, value_grad, query_grad, projected_grad, gain_shares,
+            query.shape[1], *query.stride()[:3], steps, tokens, streams, dim, tile.streams, tile.width,
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
         return query_grad, projected_grad, gain_shares.sum(0), taps_shares.sum(0), *[None] * 4
 

@@ -42,6 +42,13 @@ def squashed_slope(score, SQUASH: tl.constexpr):
 
 
 @triton.jit
+def load_value(projected, token, there, m, d, M: tl.constexpr, D: tl.constexpr):
+    """[STREAMS, WIDTH]: once for each stream, as a tile's other inputs are laid out."""
+    at = projected + token * ((M + 1) * D) + (M * D + d)
+    return tl.load(tl.broadcast_to(at, [m.shape[0], d.shape[1]]), there & (d < D), 0.0).to(tl.float32)
+
+
+@triton.jit
 def find_facts(
     query, projected, gain, keep, facts, length, query_b, query_t, query_m, eps, conv_eps,
     M: tl.constexpr, D: tl.constexpr, SQUASH: tl.constexpr, NORMED: tl.constexpr, STREAMS: tl.constexpr,
@@ -94,7 +101,7 @@ def find_slopes(
     sums, facts, slopes, gates, conv_eps,
     D: tl.constexpr, SQUASH: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """slopes [gates, 4] from facts [gates, 5] and sums [BLOCKS, gates, 2], see conv.sum_up; SIZE gates a program.
+    """slopes [gates, 4] from facts [gates, 5] and sums [BLOCKS, gates, 2], see conv.convolve_back; SIZE gates a program.
 
     With delta = gate * value + SiLU(mixed), and mixed the convolution of normed = norm * gate * value:
         value's gradient = sum over m of (gate * delta_grad + gate * norm * normed_grad - SHRINK * value)
@@ -117,3 +124,42 @@ def find_slopes(
     tl.store(slopes + PULL, score_grad * (query * key) * (1 / D**0.5), real)
     tl.store(slopes + QUERY_SHRINK, score_grad * score * (query * query) / D, real)
     tl.store(slopes + KEY_SHRINK, score_grad * score * (key * key) / D, real)
+
+
+@triton.jit
+def spread(
+    query, projected, gain, keep, slopes, value_grad, query_grad, projected_grad, gain_shares,
+    length, query_b, query_t, query_m, steps, tokens,
+    M: tl.constexpr, D: tl.constexpr, STREAMS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of query [B, T, M, D] and projected [B, T, M + 1, D], and each share's part [shares, M, D] of the gain's.
+
+    A program has a block of columns of `steps` tokens. value_grad is conv.convolve_back's, the formulas are at find_slopes.
+    """
+    BLOCKS: tl.constexpr = (D + WIDTH - 1) // WIDTH
+    share = tl.program_id(0) // BLOCKS
+    m, d = tl.arange(0, STREAMS)[:, None], tl.program_id(0) % BLOCKS * WIDTH + tl.arange(0, WIDTH)[None, :]
+    real = (m < M) & (d < D)
+    gains, gain_grad = tl.load(gain + m * D + d, real, 0.0), tl.zeros([STREAMS, WIDTH], tl.float32)
+    for number in tl.range(share * steps, tl.minimum(share * steps + steps, tokens), num_stages=2):
+        token, there = tl.cast(number, tl.int64), m < M
+        if keep is not None:
+            there = m < tl.where(tl.load(keep + token) != 0, M, 0)
+        slope, key_at = slopes + token * (M * SLOPES) + m * SLOPES, token * ((M + 1) * D) + (m * D + d)
+        query_at = query + (token // length * query_b + token % length * query_t) + (m * query_m + d)
+        q = tl.load(query_at, there & (d < D), 0.0).to(tl.float32)
+        k = tl.load(projected + key_at, there & (d < D), 0.0).to(tl.float32)
+        pull = tl.load(slope + PULL, there, 0.0)
+        from_query = tl.load(slope + QUERY_SHRINK, there, 0.0) * q
+        from_key = tl.load(slope + KEY_SHRINK, there, 0.0) * k
+        tl.store(query_grad + token * (M * D) + (m * D + d), pull * gains * k - from_query, real)
+        tl.store(projected_grad + key_at, pull * gains * q - from_key, real)
+        gain_grad += pull * (q * k)
+
+        shrink = tl.sum(tl.load(slope + SHRINK, there, 0.0), 0, keep_dims=True)
+        place = tl.broadcast_to(token * D + d, [STREAMS, WIDTH])
+        direct = tl.load(value_grad + place, real & (m == 0), 0.0)
+        from_value = direct - shrink * load_value(projected, token, there, m, d, M, D)
+        value_at = tl.broadcast_to(projected_grad + token * ((M + 1) * D) + (M * D + d), [STREAMS, WIDTH])
+        tl.store(value_at, from_value, real & (m == 0))
+    tl.store(gain_shares + (share.to(tl.int64) * M + m) * D + d, gain_grad, real)
