@@ -221,6 +221,7 @@ def test_what_a_fetch_has_brought_is_not_updated_once_it_is_old():
 def test_of_hot_rows_with_one_place_the_hottest_has_it():
     table = pinned(100, RowFormat(2), hot=np.array([5, 17, 15, 3, 27, 90]), slots=10)
     assert table.hot is not None
+    assert len(table.side.waiting) == 1  # who reads copies does so on that stream, too
     assert table.hot.owners.tolist() == [90, -1, -1, 3, -1, 5, -1, 17, -1, -1]
     table.update(torch.arange(100), torch.ones(100, 2), 1.0)
     table.records.zero_()

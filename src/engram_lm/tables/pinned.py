@@ -58,6 +58,7 @@ class PinnedTable(Table):
         owners = np.full(max(memory // (self.form.stride + 8), 1), -1)
         owners[rows[::-1] % len(owners)] = rows[::-1]  # the last one stays
         with self.lock:
+            self.side.synchronize()
             records = torch.empty(len(owners), self.form.stride, dtype=torch.uint8, device=self.device)
             self.hot = codec.Copies(torch.from_numpy(owners).to(self.device), records)
             self._copy_hot()
@@ -139,9 +140,12 @@ class PinnedTable(Table):
         return records
 
     def _copy_hot(self) -> None:
-        """Copy all records anew that have a place on the device."""
+        """Copy all records anew that have a place on the device: on the side stream, as whoever reads them."""
         if self.hot:
-            self.hot.records.copy_(codec.take(self.settled(), self.hot.owners.clamp(min=0)))
+            copies = self.hot
+            self.side.run(
+                lambda owners: copies.records.copy_(codec.take(self.records, owners.clamp(min=0))), copies.owners
+            )
 
     def _replace(self, ids: Tensor, records: Tensor) -> None:
         """Write records [U, stride] of distinct ids [U] back, and renew them where they are on their way. Both stay as they are."""
