@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from engram_lm.bench.measure import describe_machine
 from engram_lm.hashing import HashConfig
 from engram_lm.hf.layouts import DeepSeekV41, layout_of_table
 from engram_lm.hf.shards import NewShards, Shards
 from engram_lm.hf.stream import export_table, import_table
+from engram_lm.machine import describe_machine
 from engram_lm.memory import EngramConfig
 from engram_lm.tables.file import TableFile
 from engram_lm.tokens import CanonicalVocabulary

@@ -33,8 +33,9 @@ import numpy as np
 import torch.distributed as dist
 from rich.console import Console
 
-from engram_lm.bench.measure import describe_machine, fixed_work, timed
+from engram_lm.bench.measure import fixed_work, timed
 from engram_lm.bench.results import Case, Entry, Results
+from engram_lm.machine import describe_machine
 from engram_lm.model.presets import get_preset
 from engram_lm.study.growth import measure_growth
 from engram_lm.study.plan import Tables, place

@@ -41,9 +41,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from engram_lm.bench.measure import WrongResultError, describe_machine, fixed_work, installed, timed
+from engram_lm.bench.measure import WrongResultError, fixed_work, timed
 from engram_lm.bench.results import Case, Entry, Results
 from engram_lm.hashing import hash_ngrams
+from engram_lm.machine import describe_machine, installed
 from engram_lm.model.lookup import build_plan, build_vocabulary
 from engram_lm.model.presets import get_preset
 from engram_lm.tables import HostTable, RowFormat, deduplicate, expand

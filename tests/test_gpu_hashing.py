@@ -202,19 +202,6 @@ def test_nothing_to_hash(shape):
 
 
 @pytest.mark.usefixtures("dispatched")
-def test_shapes_of_another_batch_are_refused():
-    """A kernel would read past their ends."""
-    plan, tokens = HashPlan.build(SMALL, vocab_size=10, pad=2), torch.zeros(2, 5, dtype=torch.int64)
-    for name, value in {
-        "history": torch.zeros(2, 3, 2, dtype=torch.int64),
-        "segments": torch.zeros(1, 5, dtype=torch.int64),
-        "dead": torch.zeros(5, dtype=torch.bool),
-    }.items():
-        with pytest.raises(ValueError, match=name):
-            hash_ngrams(plan, tokens, **{name: value})
-
-
-@pytest.mark.usefixtures("dispatched")
 def test_while_it_is_traced_plain_operations_are_used():
     plan, tokens = HashPlan.build(SMALL, vocab_size=10, pad=2), torch.tensor([[11]])
     with (

@@ -14,13 +14,8 @@ def losses(run):
 
 
 def test_kernels_of_either_kind_learn_the_same(tmp_path, monkeypatch):
-    settings = {
-        "steps": 3,
-        "batch_size": 2,
-        "length": 8,
-        "checkpoint_every": 0,
-        "prefetch": False,
-    }  # interpreted in one thread
+    settings = {"steps": 3, "batch_size": 2, "length": 8, "checkpoint_every": 0}
+    settings["prefetch"] = False  # kernels are interpreted in one thread
     device, host = (config(**settings, table=TableConfig(tier, "bf16", std=0.1)) for tier in ("device", "host"))
     expected = losses(training(tmp_path / "cpu", device))
     monkeypatch.setenv("ENGRAM_KERNELS", "triton")

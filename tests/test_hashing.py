@@ -201,8 +201,10 @@ def test_sizes_of_each_order():
     assert plan.sizes[:, :2].max() < 100 <= 500 < plan.sizes[:, 2:].min()
 
 
-def test_shapes_of_another_batch_are_refused(hash_ngrams):
+@pytest.mark.parametrize("kernels", ["", "triton"])
+def test_shapes_of_another_batch_are_refused(hash_ngrams, kernels, monkeypatch):
     """A kernel would read past their ends."""
+    monkeypatch.setenv("ENGRAM_KERNELS", kernels)
     plan, tokens = HashPlan.build(SMALL, vocab_size=10, pad=2), torch.zeros(2, 5, dtype=torch.int64)
     for name, value in {
         "history": torch.zeros(2, 3, 2, dtype=torch.int64),

@@ -13,7 +13,7 @@ SOURCE = Path(engram_lm.__file__).parent
 FLOORS = (
     {"__init__"},
     {"errors"},
-    {"config", "kernels", "statistics"},
+    {"config", "kernels", "machine", "statistics"},
     {"tokens", "hashing", "memory", "tables"},
     {"model"},
     {"train", "generate"},

@@ -12,6 +12,7 @@ configurations of this one module.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -140,18 +141,20 @@ class Engram(nn.Module):
         """
         inputs = self._inputs(hidden, rows)
         kernels = _kernels_for(hidden) if self.keys else None
+        stateless = state is None and not with_state
         if kernels == "gpu":
-            delta, state = self._fuse_on_gpu(inputs, state, segments, keep, with_state)
-        elif kernels == "cpu" and state is None and not with_state:
+            from .kernels.gpu.fuse import fuse as on_device  # imports Triton
+
+            if stateless or not self.config.conv_kernel:
+                delta = self._fuse_by(on_device, inputs, segments, keep)
+            else:  # without taps the kernels give what goes into the convolution
+                before = inputs._replace(query=inputs.query.float(), taps=inputs.taps[:0])
+                gated = self._fuse_by(on_device, before, None, keep)
+                delta, state = self._convolved(gated, inputs.taps, state, segments, with_state)
+        elif kernels == "cpu" and stateless:
             from .kernels.fuse import fuse  # imports Numba
 
-            delta = fuse(
-                lambda *inputs: self._fuse(Inputs(*inputs), None, segments, keep, False)[0],
-                *inputs.precise(),
-                segments=segments,
-                keep=keep,
-                config=self.config,
-            )
+            delta = self._fuse_by(fuse, inputs.precise(), segments, keep)
         else:
             delta, state = self._fuse(inputs.precise(), state, segments, keep, with_state)
         return delta.to(hidden.dtype), state
@@ -182,49 +185,30 @@ class Engram(nn.Module):
         with_state: bool,
     ) -> tuple[Tensor, ConvState | None]:
         """The change [B, T, M, D] in plain operations; kernels/fuse.py has the same in one pass."""
-        gated = self._gated(inputs, keep)
-        if not self.config.conv_kernel:
-            return gated, None
-        mixed, state = self._short_conv(gated, inputs.taps, state, segments, with_state)
-        return gated + mixed, state
-
-    def _fuse_on_gpu(
-        self,
-        inputs: Inputs,
-        state: ConvState | None,
-        segments: Tensor | None,
-        keep: Tensor | None,
-        with_state: bool,
-    ) -> tuple[Tensor, ConvState | None]:
-        """The same from kernels/gpu/fuse.py, which take the inputs in their own precision.
-
-        A convolution with a state is left to plain operations; without taps the kernels give what goes into it.
-        """
-        from .kernels.gpu.fuse import fuse  # imports Triton
-
         query, projected, gain, taps = inputs
-        if not self.config.conv_kernel or (state is None and not with_state):
+        gated = self._gate(query, projected[:, :, :-1], gain)[..., None] * projected[:, :, -1:]
+        if keep is not None:
+            gated = gated.masked_fill(~keep[:, :, None, None], 0.0)
+        return self._convolved(gated, taps, state, segments, with_state)
 
-            def plain(*inputs: Tensor) -> Tensor:
-                return self._fuse(Inputs(*inputs).precise(), None, segments, keep, False)[0].to(query.dtype)
+    def _fuse_by(
+        self, fuse: Callable[..., Tensor], inputs: Inputs, segments: Tensor | None, keep: Tensor | None
+    ) -> Tensor:
+        """The change without a state by the `fuse` of a kernel file, which takes plain operations for higher derivatives."""
 
-            return fuse(plain, *inputs, segments=segments, keep=keep, config=self.config), None
+        def plain(*given: Tensor) -> Tensor:
+            return self._fuse(Inputs(*given).precise(), None, segments, keep, False)[0].to(inputs.query.dtype)
 
-        gated = fuse(
-            lambda *inputs: self._gated(Inputs(*inputs).precise(), keep),
-            *(query.float(), projected, gain, taps[:0]),
-            segments=None,
-            keep=keep,
-            config=self.config,
-        )
+        return fuse(plain, *inputs, segments=segments, keep=keep, config=self.config)
+
+    def _convolved(
+        self, gated: Tensor, taps: Tensor, state: ConvState | None, segments: Tensor | None, with_state: bool
+    ) -> tuple[Tensor, ConvState | None]:
+        """gate * value [B, T, M, D] and, if there are taps, their convolution."""
+        if not len(taps):
+            return gated, None
         mixed, state = self._short_conv(gated, taps, state, segments, with_state)
         return gated + mixed, state
-
-    def _gated(self, inputs: Inputs, keep: Tensor | None) -> Tensor:
-        """gate * value: [B, T, M, D]."""
-        query, projected, gain, _ = inputs
-        gated = self._gate(query, projected[:, :, :-1], gain)[..., None] * projected[:, :, -1:]
-        return gated if keep is None else gated.masked_fill(~keep[:, :, None, None], 0.0)
 
     def _gate(self, query: Tensor, keys: Tensor, gain: Tensor) -> Tensor:
         """[B, T, M]; equation 4, and the demo's squashing of the score.

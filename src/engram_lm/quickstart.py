@@ -37,8 +37,8 @@ from .model.presets import get_preset
 from .report import quickstart as page
 from .tables import TableConfig
 from .tokens import piece_bytes
-from .train.loader import Loader, windows
-from .train.loop import Batches, Evaluate, TrainConfig, Training, train_together
+from .train.loader import Batches, Loader, windows
+from .train.loop import Evaluate, TrainConfig, Training, train_together
 from .train.ngrams import count_ngrams
 from .train.precision import autocast
 from .train.run import build_lookup, prepare_text

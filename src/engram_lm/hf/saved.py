@@ -40,10 +40,8 @@ def save_table(table: Table, path: Path) -> None:
 
 def records_of(table: Table, first: int, last: int) -> np.ndarray:
     """Records [last - first, stride] uint8 of a run of rows."""
-    if isinstance(table, DeviceTable):
-        return table.records[first:last].cpu().numpy()
-    if isinstance(table, PinnedTable):
-        return table.settled()[first:last].numpy()
+    if isinstance(table, DeviceTable | PinnedTable):
+        return table.settled()[first:last].cpu().numpy()
     assert isinstance(table, StoredTable)
     store = table.store.inner if isinstance(table.store, CachedStore) else table.store  # rows read once are not hot
     with table.lock:

@@ -27,15 +27,8 @@ from .. import __version__
 from .. import config as configs
 from ..errors import CheckpointError, MismatchError
 from ..train import checkpoint as checkpoints
-from ..train.loop import (
-    Batches,
-    Evaluate,
-    TrainConfig,
-    Training,
-    differences,
-    interruptible,
-    progress_bar,
-)
+from ..train.loader import Batches
+from ..train.loop import Evaluate, TrainConfig, Training, differences, interruptible, progress_bar
 from ..train.precision import autocast
 from ..train.run import build_lookup
 from ..train.tokenizer import tokenizer_digest

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MismatchError
+from ..kernels import on_gpu
 from .dedup import deduplicate
 from .expand import add_up
 from .rows import RowFormat
@@ -73,6 +74,8 @@ class Table(ABC):
         address_device: where ids are wanted.
         digest: of the plan and vocabulary that the rows belong to; "" for none.
         place: the file that they are in and stay in; None for memory.
+        writable: whether it was opened to be changed.
+        by_device: whether rows are read and changed by the device that wants them, wherever they are.
     """
 
     form: RowFormat
@@ -82,6 +85,8 @@ class Table(ABC):
     clock: int = 0
     digest: str = ""
     place: Path | None = None
+    writable: bool = True
+    by_device: bool = False
 
     def __init__(self, num_rows: int, form: RowFormat, device: torch.device | str = "cpu") -> None:
         if num_rows < 1:
@@ -176,6 +181,8 @@ class Table(ABC):
         is NaN and training stops, and its updates are ignored.
         """
         flat = ids.reshape(-1)
+        if self.by_device and on_gpu(ids.device):
+            return flat.contiguous()
         if flat.numel():
             low, high = (int(end) for end in flat.aminmax())
             if low < 0 or high >= self.num_rows:
@@ -184,3 +191,9 @@ class Table(ABC):
                     "another plan, and other rows would have been read."
                 )
         return flat
+
+    def _alterable(self) -> None:
+        """Raise ConfigError for a table that cannot be trained."""
+        if not self.writable or not self.form.trainable:
+            reason = "was opened for reading" if not self.writable else "holds rows without accumulators"
+            raise ConfigError(f"the table {reason}: its rows cannot be altered, and the update would have been lost.")

@@ -73,9 +73,7 @@ def write_table(source: Newest | InMemory, path: Path, form: RowFormat, *, diges
 
 
 def _rows(table: Table) -> Newest | InMemory:
-    if isinstance(table, DeviceTable):
-        return InMemory(table.records, table.form)
-    if isinstance(table, PinnedTable):
+    if isinstance(table, DeviceTable | PinnedTable):
         return InMemory(table.settled(), table.form)
     store = table.store if isinstance(table, StoredTable) else None
     if isinstance(store, CachedStore):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kernels import on_gpu
 from . import codec
 from .base import Fetch, Later, Table
 from .rows import RowFormat
@@ -19,6 +18,8 @@ from .saved import load_records, save_records
 
 class DeviceTable(Table):
     """Records in the memory of `device`."""
+
+    by_device = True
 
     def __init__(self, num_rows: int, form: RowFormat, device: torch.device | str = "cpu") -> None:
         super().__init__(num_rows, form, device)
@@ -68,9 +69,9 @@ class DeviceTable(Table):
         data = codec.encoded(self.form, rows.to(self.device, torch.float32))
         codec.put(self.records[:, : self.form.row_bytes], ids, data)
 
-    def check(self, ids: Tensor) -> Tensor:
-        """The ids, flat. On a GPU they are not looked at: rows outside read as NaN, and are not updated."""
-        return ids.reshape(-1).contiguous() if on_gpu(ids.device) else super().check(ids)
+    def settled(self) -> Tensor:
+        """All records [num_rows, stride], after every update."""
+        return self.records
 
     def save(self, directory: Path) -> None:
         """Write directory/table.safetensors."""

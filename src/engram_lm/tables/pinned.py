@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels import on_gpu
 from . import codec
 from .base import Fetch, Table
 from .host import huge_pages
@@ -35,6 +34,7 @@ PORTABLE_AND_MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
 class PinnedTable(Table):
     """`num_rows` rows in pinned RAM, delivered to `device`. Raises ConfigError when the system cannot pin that much memory."""
 
+    by_device = True
     hot: codec.Copies | None = None
 
     def __init__(self, num_rows: int, form: RowFormat, device: torch.device | str = "cpu") -> None:
@@ -62,10 +62,6 @@ class PinnedTable(Table):
             records = torch.empty(len(owners), self.form.stride, dtype=torch.uint8, device=self.device)
             self.hot = codec.Copies(torch.from_numpy(owners).to(self.device), records)
             self._copy_hot()
-
-    def check(self, ids: Tensor) -> Tensor:
-        """The ids, flat and contiguous. On a GPU they are not looked at: rows outside read as NaN, and are not updated."""
-        return ids.reshape(-1).contiguous() if on_gpu(ids.device) else super().check(ids)
 
     def fetch(self, ids: Tensor, *, encoded: bool = False) -> Tensor:
         """Rows [..., d] of ids [...], or their bytes."""
@@ -153,12 +149,6 @@ class PinnedTable(Table):
         for fetch in self.travelling:
             fetch.newer.append(Handed((ids, records)))
         self.side.run(self._put, ids, records)
-
-    def _alterable(self) -> None:
-        if not self.form.trainable:
-            raise ConfigError(
-                "the table holds rows without accumulators: its rows cannot be altered, and the update would have been lost."
-            )
 
 
 class Arriving(Fetch):

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from . import codec
 from .base import Fetch, Table
 from .dedup import deduplicate
@@ -35,7 +34,7 @@ class StoredTable(Table):
     def __init__(self, store: Store, device: torch.device | str = "cpu", *, asynchronous: bool = False) -> None:
         super().__init__(store.num_rows, store.form, device)
         self.address_device = torch.device("cpu")
-        self.store, self.asynchronous = store, asynchronous
+        self.store, self.asynchronous, self.writable = store, asynchronous, store.writable
         self.lock = threading.RLock()
         self.travelling: weakref.WeakSet[Travelling] = weakref.WeakSet()
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="engram-fetch")
@@ -154,11 +153,6 @@ class StoredTable(Table):
     def _all_stale(self) -> None:
         for fetch in self.travelling:
             fetch.stale.append(fetch.ids)
-
-    def _alterable(self) -> None:
-        if not self.store.writable or not self.form.trainable:
-            reason = "was opened for reading" if not self.store.writable else "holds rows without accumulators"
-            raise ConfigError(f"the table {reason}: its rows cannot be altered, and the update would have been lost.")
 
 
 class Travelling(Fetch):

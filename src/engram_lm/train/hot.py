@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ..model.lookup import Lookup
-from .loader import LoaderState
-
-if TYPE_CHECKING:
-    from .loop import Batches
+from .loader import Batches, first
 
 BATCHES = 64  # that are counted
 
@@ -20,9 +15,6 @@ def hottest(lookup: Lookup, batches: Batches) -> np.ndarray:
 
     A batch reads a row once, however often it names it: so do tables.
     """
-    state, seen = LoaderState(), []
-    for _ in range(BATCHES):
-        batch, state = batches.next(state)
-        seen.append(lookup.ids(batch.tokens, segments=batch.segments)[0].unique())
+    seen = [lookup.ids(batch.tokens, segments=batch.segments)[0].unique() for batch in first(batches, BATCHES)]
     rows, counts = np.unique(np.concatenate([ids.cpu().numpy() for ids in seen]), return_counts=True)
     return rows[np.argsort(-counts, kind="stable")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,13 @@ class Batch:
     tokens: Tensor
     targets: Tensor
     segments: Tensor | None
+
+
+class Batches(Protocol):
+    """Where batches come from. The state is a value: the same state always gives the same batch."""
+
+    def next(self, state: LoaderState) -> tuple[Batch, LoaderState]:
+        """The batch at `state`, and the state after it."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,15 @@ class Loader:
 
     def first(self, batches: int) -> Iterator[Batch]:
         """The first so many batches: what a run of so many steps has read."""
-        state = LoaderState()
-        for _ in range(batches):
-            batch, state = self.next(state)
-            yield batch
+        return first(self, batches)
+
+
+def first(source: Batches, batches: int) -> Iterator[Batch]:
+    """The first so many batches of any source."""
+    state = LoaderState()
+    for _ in range(batches):
+        batch, state = source.next(state)
+        yield batch
 
 
 def windows(split: Split, batch_size: int, length: int, limit: int | None = None) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from ..tables.sharded import ShardedTable
 from ..tables.streams import SideStream
 from . import checkpoint as checkpoints
 from .hot import hottest
-from .loader import Batch, LoaderState
+from .loader import Batch, Batches, LoaderState
 from .optim import OptimConfig, Optimizer, schedule
 from .parallel import Parallel, ParallelConfig
 from .precision import Precision, autocast, resolve
@@ -94,13 +94,6 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"batch_size {self.batch_size} cannot be computed in {self.accumulate} equal parts.")
-
-
-class Batches(Protocol):
-    """Where batches come from. The state is a value: the same state always gives the same batch."""
-
-    def next(self, state: LoaderState) -> tuple[Batch, LoaderState]:
-        """The batch at `state`, and the state after it."""
 
 
 class Prepared(NamedTuple):

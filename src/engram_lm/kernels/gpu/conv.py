@@ -20,16 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gate import FACTS, GATE, NORM, load_value, sigmoid
-
-
-@triton.jit
-def part_of(steps, total, D: tl.constexpr, STREAMS: tl.constexpr, WIDTH: tl.constexpr):
-    """The program's block of columns and its share, from position `first` to before `last`; its streams and its columns."""
-    BLOCKS: tl.constexpr = (D + WIDTH - 1) // WIDTH
-    block, share = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    m, d = tl.arange(0, STREAMS)[:, None], block * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return block, share, share * steps, tl.minimum(share * steps + steps, total), m, d
+from .gate import FACTS, GATE, NORM, load_value, part_of, sigmoid
 
 
 @triton.jit

@@ -42,6 +42,24 @@ def squashed_slope(score, SQUASH: tl.constexpr):
 
 
 @triton.jit
+def part_of(steps, total, D: tl.constexpr, STREAMS: tl.constexpr, WIDTH: tl.constexpr):
+    """The program's block of columns and its share, from position `first` to before `last`; its streams and its columns."""
+    BLOCKS: tl.constexpr = (D + WIDTH - 1) // WIDTH
+    block, share = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    m, d = tl.arange(0, STREAMS)[:, None], block * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return block, share, share * steps, tl.minimum(share * steps + steps, total), m, d
+
+
+@triton.jit
+def streams_of(keep, token, m, M: tl.constexpr):
+    """[STREAMS, 1] bool: the streams that there are; none of a silenced token."""
+    there = m < M
+    if keep is not None:
+        there = m < tl.where(tl.load(keep + token) != 0, M, 0)
+    return there
+
+
+@triton.jit
 def load_value(projected, token, there, m, d, M: tl.constexpr, D: tl.constexpr):
     """[STREAMS, WIDTH]: once for each stream, as a tile's other inputs are laid out."""
     at = projected + token * ((M + 1) * D) + (M * D + d)
@@ -60,11 +78,8 @@ def find_facts(
     """
     token = tl.program_id(0).to(tl.int64)
     m, d = tl.arange(0, STREAMS)[:, None], tl.arange(0, WIDTH)[None, :]
-    wanted = m < M
-    if keep is not None:
-        wanted = m < tl.where(tl.load(keep + token) != 0, M, 0)
+    wanted = streams_of(keep, token, m, M)
     query += token // length * query_b + token % length * query_t + m * query_m + d
-    value = tl.broadcast_to(projected + (token * (M + 1) + M) * D + d, [STREAMS, WIDTH])  # once more for each stream
     key = projected + (token * (M + 1) + m) * D + d
     gain += m * D + d
 
@@ -78,7 +93,7 @@ def find_facts(
         query_square += q * q
         key_square += k * k
         if NORMED:
-            v = tl.load(value + start, here, 0.0).to(tl.float32)
+            v = load_value(projected, token, wanted, m, start + d, M, D)
             value_square += v * v
 
     query_scale = tl.math.rsqrt(tl.sum(query_square, 1, keep_dims=True) / D + eps)
@@ -136,15 +151,12 @@ def spread(
 
     A program has a block of columns of `steps` tokens. value_grad is conv.convolve_back's, the formulas are at find_slopes.
     """
-    BLOCKS: tl.constexpr = (D + WIDTH - 1) // WIDTH
-    share = tl.program_id(0) // BLOCKS
-    m, d = tl.arange(0, STREAMS)[:, None], tl.program_id(0) % BLOCKS * WIDTH + tl.arange(0, WIDTH)[None, :]
+    _, share, first, last, m, d = part_of(steps, tokens, D, STREAMS, WIDTH)
     real = (m < M) & (d < D)
     gains, gain_grad = tl.load(gain + m * D + d, real, 0.0), tl.zeros([STREAMS, WIDTH], tl.float32)
-    for number in tl.range(share * steps, tl.minimum(share * steps + steps, tokens), num_stages=2):
-        token, there = tl.cast(number, tl.int64), m < M
-        if keep is not None:
-            there = m < tl.where(tl.load(keep + token) != 0, M, 0)
+    for number in tl.range(first, last, num_stages=2):
+        token = tl.cast(number, tl.int64)
+        there = streams_of(keep, token, m, M)
         slope, key_at = slopes + token * (M * SLOPES) + m * SLOPES, token * ((M + 1) * D) + (m * D + d)
         query_at = query + (token // length * query_b + token % length * query_t) + (m * query_m + d)
         q = tl.load(query_at, there & (d < D), 0.0).to(tl.float32)
